@@ -1,0 +1,39 @@
+# Each target makes the virtual environment it needs, so that a fresh clone needs only Python, git and make.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+GRADIO ?= 3.41
+NUMPY ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+CONSTRAINTS := requirements/gradio-$(GRADIO).txt
+
+.PHONY: demo test test-all lint clean
+
+demo: $(READY)
+	$(BIN)/python -m demo $(ARGS)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest $(ARGS)
+
+# What development uses; what the web UI pins, so what users run; and what Forge runs.
+test-all:
+	$(MAKE) test
+	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2 NUMPY=numpy==1.26.2
+	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+$(READY): requirements/demo.txt requirements/test.txt $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) $(NUMPY) -r requirements/test.txt -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps stable-diffusion-sdkit==2.1.5
+	touch $(READY)
+
+clean:
+	rm -rf .venv .venv-torch-2.1.2 .venv-gradio-4.40

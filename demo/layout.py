@@ -1,0 +1,99 @@
+"""The SD 1 checkpoint layout: what the tensors' shapes say about the model they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from demo.inputs import DemoError
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+SD1_HEADS = 8
+
+Shapes = Mapping[str, "tuple[int, ...]"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The arguments that `UNetModel` and the VAE's `Decoder` are built with."""
+
+    unet: dict
+    decoder: dict
+    embed_dim: int
+
+
+def architecture(shapes: Shapes, heads: int = SD1_HEADS) -> Architecture:
+    """Read the architecture off a checkpoint's shapes. The number of heads leaves no trace in them.
+
+    Raises:
+        DemoError: the layout is not that of SD 1.
+    """
+    _refuse_other_layouts(shapes)
+    try:
+        return Architecture(
+            unet=_unet(shapes, heads), decoder=_decoder(shapes), embed_dim=shapes[VAE + "post_quant_conv.weight"][1])
+    except (KeyError, IndexError) as e:
+        raise DemoError(f"checkpoint is not in the SD 1 layout: it lacks {e.args[0]}") from e
+
+
+def _refuse_other_layouts(shapes: Shapes) -> None:
+    if any(key.startswith("conditioner.") for key in shapes):
+        raise DemoError("checkpoint is in the SDXL layout; this demo loads SD 1")
+    if any(key.startswith("cond_stage_model.model.") for key in shapes):
+        raise DemoError("checkpoint is in the SD 2 layout; this demo loads SD 1")
+    if not any(key.startswith(UNET) for key in shapes):
+        raise DemoError(f"checkpoint is not in the SD 1 layout: no tensor's name starts with {UNET}")
+
+
+def _unet(shapes: Shapes, heads: int) -> dict:
+    first = shapes[UNET + "input_blocks.0.0.weight"]
+    width, in_channels = first[0], first[1]
+    if in_channels != 4:
+        raise DemoError(f"checkpoint's U-Net takes {in_channels} channels; this demo makes images with 4, from text")
+    mults, blocks, attention, downsampling = [], [0], [], 1
+    for index in range(1, _count(shapes, UNET + "input_blocks.")):
+        block = f"{UNET}input_blocks.{index}."
+        if block + "0.op.weight" in shapes:
+            downsampling *= 2
+            blocks.append(0)
+            continue
+        if blocks[-1] == 0:
+            mults.append(shapes[block + "0.out_layers.3.weight"][0] // width)
+            if block + "1.norm.weight" in shapes:
+                attention.append(downsampling)
+        blocks[-1] += 1
+    middle = UNET + "middle_block.1.transformer_blocks."
+    return {
+        "image_size": 32,
+        "in_channels": in_channels,
+        "out_channels": shapes[UNET + "out.2.weight"][0],
+        "model_channels": width,
+        "channel_mult": tuple(mults),
+        "num_res_blocks": blocks,
+        "attention_resolutions": tuple(attention),
+        "num_heads": heads,
+        "use_spatial_transformer": True,
+        "transformer_depth": _count(shapes, middle),
+        "context_dim": shapes[middle + "0.attn2.to_k.weight"][1],
+        "legacy": False,
+    }
+
+
+def _decoder(shapes: Shapes) -> dict:
+    decoder = VAE + "decoder."
+    out_channels, width = shapes[decoder + "conv_out.weight"][:2]
+    levels = _count(shapes, decoder + "up.")
+    return {
+        "ch": width,
+        "out_ch": out_channels,
+        "ch_mult": tuple(shapes[f"{decoder}up.{i}.block.0.conv1.weight"][0] // width for i in range(levels)),
+        "num_res_blocks": _count(shapes, decoder + "up.0.block.") - 1,
+        "attn_resolutions": [],
+        "in_channels": 3,
+        "resolution": 256,
+        "z_channels": shapes[decoder + "conv_in.weight"][1],
+    }
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    return len({key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)})

@@ -1,0 +1,88 @@
+"""Exact attention in chunks: a loop over query chunks, and an engine that attends each of them.
+
+    attention(query, key, value) = softmax(scale * query . key^T + mask) . value
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from torch import Tensor
+
+from . import device as devices
+from .backward import ChunkedAttention
+from .engines.portable import rows_of
+from .plan import ENGINES, Plan
+from .problem import Problem, mask_with_four_dimensions, new_output, with_four_dimensions
+from .retry import Chunks, plan_for
+from .settings import Settings
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    settings: Settings = Settings(),
+    report: Callable[[Plan], None] | None = None,
+) -> Tensor:
+    """Softmax attention, exact, inside a memory limit.
+
+    Args:
+        query: [..., queries, width]; leading dimensions [batch*heads] or [batch, heads]. Any strides.
+        key: [..., keys, width], in query's dtype.
+        value: [..., keys, value width], in query's dtype, or half beside float32 queries.
+        mask: broadcastable to [..., queries, keys]; bool (True = may attend) or floating point (added to the scores).
+            A row that may attend to nothing gives zeros.
+        scale: of the scores; width ** -0.5 if None.
+        settings: what the user has set.
+        report: called with the plan that was carried out, retries and all.
+
+    Returns:
+        [..., queries, value width] in value's dtype, differentiable in query, key, value and a floating-point mask.
+
+    Raises:
+        ValueError: input that makes no attention; the message names the argument, its shape and what was expected.
+        RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
+    """
+    problem = Problem.of(query, key, value, mask, upcast=settings.upcast == "always")
+    leading, scale = query.shape[:-2], problem.width**-0.5 if scale is None else scale
+    query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
+    mask = None if mask is None else mask_with_four_dimensions(mask, leading)
+    with devices.without_autocast(query.device):
+        chunks = Chunks(problem, plan_for(problem, settings), settings)
+        if problem.grad and chunks.plan.engine == "portable" and settings.checkpointing != "never":
+            output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
+        else:
+            output, _ = attend_chunks(query, key, value, mask, scale, chunks)
+    if report is not None:
+        report(chunks.plan)
+    return output.reshape(*leading, *output.shape[-2:])
+
+
+def attend_chunks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
+) -> tuple[Tensor, Tensor | None]:
+    """The loop: output [batch, heads, queries, value width], and for gradients the logsumexp [..., queries, 1].
+
+    A chunk that runs out of memory comes again in smaller pieces; what is already written stays.
+    """
+    output = logsumexp = None
+    for rows in chunks:
+        with chunks.attempt():
+            engine, sizes = ENGINES[chunks.plan.engine], chunks.plan.sizes
+            row_mask = None if mask is None else rows_of(mask, rows)
+            chunk, chunk_logsumexp = engine.attend(
+                chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
+            )
+            if rows == slice(0, query.shape[2]):
+                return chunk, chunk_logsumexp
+            if output is None:
+                output = new_output(query, value)
+            output[:, :, rows] = chunk
+            if chunks.problem.grad and chunk_logsumexp is not None:
+                logsumexp = chunk_logsumexp.new_empty(*output.shape[:3], 1) if logsumexp is None else logsumexp
+                logsumexp[:, :, rows] = chunk_logsumexp
+    return new_output(query, value) if output is None else output, logsumexp

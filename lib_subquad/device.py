@@ -1,0 +1,253 @@
+"""What a device can do: free bytes, largest tensor, dtype rules, and what its out-of-memory looks like.
+
+Every rule that depends on the device stands here, with its source; the rest of the library asks for `rules(device)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ContextManager
+
+import torch
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one kind of device allows and prefers.
+
+    `largest_elements` and `largest_bytes` bound every tensor a call makes; None means that only memory does.
+    `tile_bytes` is the size of score buffer that automatic sizes aim for, and `kv_tile` its width in keys.
+    `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
+    """
+
+    no_fused: str = ""
+    largest_elements: int | None = None
+    largest_bytes: int | None = None
+    contiguous: bool = False
+    float64: bool = True
+    tile_bytes: int = 128 * MIB
+    kv_tile: int = 4096
+    lazy_maximum: bool = False
+
+
+RULES = {
+    # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: a 4 MiB buffer
+    # stays in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again.
+    "cpu": Rules(tile_bytes=4 * MIB, kv_tile=512, lazy_maximum=True),
+    # Tiles on accelerators are reasoned, not measured: large enough that launching a kernel (about 10 us) is lost
+    # beside computing one, small enough to fit a 4 GB card.
+    "cuda": Rules(),
+    "rocm": Rules(),
+    "zluda": Rules(),
+    # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be
+    # contiguous: web UI PR #10201. SDPA there materialises the scores and loses half-precision accuracy beyond some
+    # 3,000 tokens: PyTorch PR #190791. A fixed modest budget beats a share of free memory: web UI PR #12526.
+    "mps": Rules(
+        no_fused="on Apple Silicon PyTorch's attention keeps all scores in memory and is inexact beyond 3,000 tokens",
+        largest_elements=(1 << 30) - 1,
+        largest_bytes=4 * GIB,
+        contiguous=True,
+        float64=False,
+    ),
+    # Older Arc drivers refuse any block over 4 GiB: web UI PR #14353.
+    "xpu": Rules(largest_bytes=4 * GIB),
+    # No fused kernels, and memory comes back late (amdgpu fork #414): keep tiles small.
+    "directml": Rules(no_fused="DirectML has no fused attention kernel", float64=False, tile_bytes=64 * MIB),
+    "other": Rules(tile_bytes=64 * MIB),
+}
+
+# Where a device does not tell its free memory (DirectML outside the amdgpu fork): what a 4 GB card has to spare.
+UNKNOWN_FREE_BYTES = GIB
+
+
+def kind(device: torch.device) -> str:
+    """The key of `RULES` that describes `device`."""
+    if device.type == "cuda":
+        return _cuda_kind(device.index)
+    return {"privateuseone": "directml"}.get(device.type, device.type if device.type in RULES else "other")
+
+
+@lru_cache(maxsize=None)
+def _cuda_kind(index: int | None) -> str:
+    if torch.version.hip:
+        return "rocm"
+    with contextlib.suppress(Exception):  # a name is no reason to fail
+        if "[ZLUDA]" in torch.cuda.get_device_name(index):
+            return "zluda"
+    return "cuda"
+
+
+def rules(device: torch.device) -> Rules:
+    return RULES[kind(device)]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores, maxima, sums and accumulators are kept: float64 for float64 input, else float32.
+
+    q.k overflows fp16 at 65504 (SD 2.1 768 gives black images), and rounding scores to half costs up to 1,000 times
+    the error of a fused kernel, which keeps them in float32 as well.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a new allocation on `device` can count on, including what PyTorch's allocator holds but does not use.
+
+    Never raises: a device that does not answer is taken to have `UNKNOWN_FREE_BYTES`.
+    """
+    try:
+        return max(0, int(_FREE.get(device.type, _free_unknown)(device)))
+    except Exception:
+        return UNKNOWN_FREE_BYTES
+
+
+def _free_cuda(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_mps(device: torch.device) -> int:
+    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+
+
+def _free_xpu(device: torch.device) -> int:
+    unused = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+    if hasattr(torch.xpu, "mem_get_info"):
+        return torch.xpu.mem_get_info(device)[0] + unused
+    return torch.xpu.get_device_properties(device).total_memory - torch.xpu.memory_allocated(device)
+
+
+def _free_directml(device: torch.device) -> int:
+    return torch.dml.mem_get_info(device)[0]  # only in the amdgpu fork
+
+
+def _free_unknown(device: torch.device) -> int:
+    return UNKNOWN_FREE_BYTES
+
+
+def _free_cpu(device: torch.device) -> int:
+    return min(_free_host(), _free_container())
+
+
+def _free_host() -> int:
+    try:
+        with open("/proc/meminfo", "rb") as lines:
+            for line in lines:
+                if line.startswith(b"MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    with contextlib.suppress(ImportError):
+        import psutil  # the web UI has it; the library must not need it
+
+        return psutil.virtual_memory().available
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_container() -> float:
+    """What the process's control group leaves of its limit; infinite where there is none."""
+    free = float("inf")
+    for limit, used, statistics in _container_files():
+        with contextlib.suppress(OSError, ValueError):
+            # "max" is a ValueError: no limit at this level. File pages nobody uses are given back on demand.
+            free = min(free, _number(limit) - _number(used) + _inactive_file_bytes(statistics))
+    return free
+
+
+@lru_cache(maxsize=1)
+def _container_files() -> tuple[tuple[str, str, str], ...]:
+    """(limit, use, statistics) files of every control group above this process that can limit memory, v2 and v1."""
+    found = []
+    try:
+        with open("/proc/self/cgroup") as lines:
+            groups = [line.rstrip("\n").split(":", 2) for line in lines]
+    except OSError:
+        return ()
+    for _, controllers, path in groups:
+        if controllers == "":
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):  # inside a container the group's own folder is the root
+            folder = os.path.join(root, *parts[:depth])
+            if os.path.exists(os.path.join(folder, names[0])):
+                found.append((*(os.path.join(folder, name) for name in names), os.path.join(folder, "memory.stat")))
+    return tuple(found)
+
+
+def _number(path: str) -> int:
+    with open(path) as file:
+        return int(file.read())
+
+
+def _inactive_file_bytes(path: str) -> int:
+    with contextlib.suppress(OSError), open(path) as lines:
+        for line in lines:
+            if line.startswith(("inactive_file ", "total_inactive_file ")):
+                return int(line.split()[1])
+    return 0
+
+
+_FREE = {
+    "cuda": _free_cuda,
+    "mps": _free_mps,
+    "xpu": _free_xpu,
+    "privateuseone": _free_directml,
+    "cpu": _free_cpu,
+}
+
+# How devices say that they are out of memory, where they do not raise an error class of their own.
+OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA, MPS
+    "invalid buffer size",  # MPS
+    "can't allocate memory",  # CPU
+    "cannot allocate memory",
+    "not enough memory",  # CPU on Windows
+    "could not allocate tensor",  # DirectML, amdgpu fork #414
+    "allocation is out of device memory",  # XPU
+    "ur_result_error_out_of_device_memory",
+    "cublas_status_alloc_failed",
+    "std::bad_alloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a device's way of saying that an allocation failed."""
+    classes = (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError), torch.cuda.OutOfMemoryError)
+    if isinstance(error, classes):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give cached but unused memory back to the device, where its allocator keeps any."""
+    cache = {"cuda": torch.cuda, "mps": getattr(torch, "mps", None), "xpu": getattr(torch, "xpu", None)}
+    with contextlib.suppress(Exception):  # after an out-of-memory, failing to tidy up must not hide it
+        if cache.get(device.type) is not None:
+            cache[device.type].empty_cache()
+
+
+def without_autocast(device: torch.device) -> ContextManager:
+    """Autocast off on `device`; operators then run in the dtypes they are given.
+
+    Under autocast a plain `bmm` is cast to half but `bmm(out=)` is not, so a kernel that mixes them fails.
+    """
+    if not _autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except (TypeError, RuntimeError):  # torch before 2.4 takes no argument; some devices have no autocast
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()

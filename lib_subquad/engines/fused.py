@@ -1,0 +1,142 @@
+"""PyTorch's own fused attention, the public `scaled_dot_product_attention`, on query chunks with all keys.
+
+Keys are never split here: a fused kernel holds no scores, so that a split saves no memory, and putting together parts
+that were rounded to half costs up to 19 times the error.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import device as devices
+from ..problem import Problem, item_bytes
+from . import Sizes
+
+NAME = "fused"
+
+MATH_KERNEL = 0  # torch.nn.attention.SDPBackend.MATH, which keeps all scores in memory
+# What PyTorch's CPU kernel allocates a thread: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
+CPU_QUERY_SPLIT = 256
+CPU_KEY_SPLIT = 512
+
+
+def why_not(problem: Problem) -> list[str]:
+    no_fused = devices.rules(problem.device).no_fused
+    if no_fused:
+        return [no_fused]
+    if not _takes_scale():
+        return [f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1"]
+    reasons = []
+    if problem.mask_grad:
+        reasons.append("the mask needs a gradient, which no fused kernel gives")
+    if problem.mask is not None and not _masks_are_right():
+        reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
+    return reasons or list(_kernel_reasons(problem, _switches()))
+
+
+def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    item = item_bytes(problem.upcast_dtype)
+    heads = problem.batch * problem.heads
+    rows = heads * sizes.queries
+    total = rows * 4  # the logsumexp
+    if sizes.queries < problem.queries or problem.value_dtype != problem.upcast_dtype:
+        total += rows * problem.value_width * item  # a result that is yet to be put in its place, or cast
+    if problem.dtype != problem.upcast_dtype:
+        total += (rows + heads * problem.keys) * problem.width * item
+    if problem.value_dtype != problem.upcast_dtype:
+        total += heads * problem.keys * problem.value_width * item
+    if problem.mask is not None and problem.mask_dtype != problem.upcast_dtype:
+        batch, mask_heads, mask_rows, keys = problem.mask
+        total += batch * mask_heads * min(mask_rows, sizes.queries) * keys * item
+    return total + (_cpu_workspace_bytes(problem, sizes) if problem.device.type == "cpu" else 0)
+
+
+def _cpu_workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    split = CPU_QUERY_SPLIT if sizes.queries >= 768 else 64 if sizes.queries >= 192 else 32
+    keys = min(CPU_KEY_SPLIT, problem.keys)
+    thread = split * (keys + problem.value_width + 2) * 4
+    if item_bytes(problem.upcast_dtype) == 2:
+        thread += split * keys * 2  # weights rounded to half
+    return torch.get_num_threads() * thread
+
+
+def attend(
+    problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, None]:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(problem.upcast_dtype)
+    query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return output.to(problem.value_dtype), None
+
+
+def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@lru_cache(maxsize=1)
+def _takes_scale() -> bool:
+    token = torch.zeros(1, 1, 1, 8)
+    try:
+        F.scaled_dot_product_attention(token, token, token, scale=1.0)
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _masks_are_right() -> bool:
+    """Whether a row that may attend to nothing comes out as zeros: NaN on torch 2.1.2, zeros on 2.13."""
+    token = torch.zeros(1, 1, 1, 8)
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
+
+
+def _switches() -> tuple[bool, ...]:
+    """What the user or the host has switched off, as part of the key under which an answer is remembered."""
+    names = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+    return tuple(getattr(torch.backends.cuda, name, bool)() for name in names)
+
+
+@lru_cache(maxsize=1024)
+def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
+    """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused."""
+    try:
+        query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
+        value = _probe(problem, problem.keys, problem.value_width)
+        mask = None
+        if problem.mask is not None:
+            mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
+            mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
+        choice = torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
+    except Exception as error:  # a private operator: whatever it says, the portable engine can go on
+        return (f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})",)
+    if choice != MATH_KERNEL:
+        return ()
+    sizes = f"{str(problem.upcast_dtype).removeprefix('torch.')}, heads {problem.width} wide"
+    if problem.width != problem.value_width:
+        sizes += f" with values {problem.value_width} wide"
+    return (f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem, switches)}",)
+
+
+def _conditions(problem: Problem, switches: tuple[bool, ...]) -> str:
+    words = ""
+    if problem.mask is not None:
+        words += ", with a mask"
+    if problem.grad:
+        words += ", with gradients"
+    if problem.device.type == "cuda" and not any(switches):
+        words += " (its fused kernels are switched off)"
+    return words
+
+
+def _probe(problem: Problem, tokens: int, width: int) -> Tensor:
+    """A tensor of the problem's sizes and unit last stride, on storage for one token."""
+    token = torch.zeros(width, dtype=problem.upcast_dtype, device=problem.device)
+    sizes = (problem.batch, problem.heads, tokens, width)
+    return token.as_strided(sizes, (0, 0, 0, 1)).requires_grad_(problem.grad)

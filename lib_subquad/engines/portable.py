@@ -1,0 +1,199 @@
+"""Chunked exact attention in plain PyTorch operators, for every device.
+
+One fold over key parts (Rabe & Staats 2021, arXiv 2112.05682; Milakov & Gimelshein 2018, arXiv 1805.02867): a running
+maximum, a running sum of exponentials and a running weighted sum of values, all in float32 or wider, rescaled whenever
+the maximum moves. No part outlives its turn, and one score buffer serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import device as devices
+from ..problem import Problem, item_bytes, new_output
+from . import Sizes
+
+NAME = "portable"
+
+LOG2_E = math.log2(math.e)
+# Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
+# twenty times as long.
+SMALLEST_EXPONENT = -100.0
+# Stands in for the maximum of a row whose every key so far is masked: finite, so that -inf minus it is no NaN.
+NO_MAXIMUM = -1e30
+# A sum of weights this large says that the maximum assumed for a part was far too small.
+LARGEST_SUM = 1e18
+
+
+def why_not(problem: Problem) -> list[str]:
+    if problem.dtype == torch.float64 and not devices.rules(problem.device).float64:
+        return [f"{problem.device.type} has no float64"]
+    return []
+
+
+def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    queries, keys, heads = sizes
+    item = item_bytes(devices.compute_dtype(problem.dtype))
+    row = problem.width + problem.value_width + 4  # scaled query, accumulator, maxima and sums
+    total = heads * queries * (keys + row) * item
+    if problem.dtype != devices.compute_dtype(problem.dtype):
+        total += heads * keys * problem.width * item
+    if problem.value_dtype != devices.compute_dtype(problem.dtype):
+        total += heads * keys * problem.value_width * item
+    if problem.mask is not None and problem.mask_dtype == torch.bool:
+        total += heads * queries * keys // 4  # its inverse
+    chunk = problem.batch * problem.heads * queries
+    total += chunk * item  # the logsumexp
+    if queries < problem.queries:  # a chunk's result before it is put in its place
+        total += chunk * problem.value_width * item_bytes(problem.value_dtype)
+    if problem.grad:
+        total += problem.batch * problem.heads * problem.queries * item  # what the backward pass needs
+    return total
+
+
+def attend(
+    problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    if problem.grad and torch.is_grad_enabled():
+        return attend_keeping_scores(query, key, value, mask, scale), None
+    batch, heads, queries, _ = query.shape
+    output = new_output(query, value)
+    logsumexp = query.new_empty(batch, heads, queries, 1, dtype=devices.compute_dtype(query.dtype))
+    scores = score_buffer(query, key, sizes)
+    lazy = devices.rules(query.device).lazy_maximum and mask is None
+    for index in head_groups(batch, heads, sizes.heads):
+        parts = key_parts(key[index], value[index], None if mask is None else group_of(mask, index), sizes.keys)
+        lazy = fold(query[index], parts, scale, scores, lazy, output[index], logsumexp[index])
+    return output, logsumexp
+
+
+def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One query chunk, differentiable by PyTorch itself, which keeps every score for the backward pass."""
+    compute = devices.compute_dtype(query.dtype)
+    scores = torch.matmul(scaled(query, scale), key.to(compute).transpose(-2, -1))
+    if mask is None:
+        return torch.matmul(scores.softmax(-1), value.to(compute)).to(value.dtype)
+    scores = scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -math.inf).all(-1, keepdim=True)  # its softmax, and the gradient of that, would be NaN
+    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    return torch.matmul(weights, value.to(compute)).to(value.dtype)
+
+
+def fold(
+    query: Tensor, parts: Iterator, scale: float, buffer: Tensor, lazy: bool, output: Tensor, logsumexp: Tensor
+) -> bool:
+    """Attend one group of heads, query [heads, queries, width], over all key parts; write output and logsumexp.
+
+    `lazy` takes the maximum seen so far for a part's own, which saves a pass over its scores. Exact as long as no sum
+    overflows; one that does, or scores spread so far that exponentials underflow, ends it for the rest of the call.
+    Returns whether being lazy still pays.
+    """
+    query = scaled(query, scale)
+    maximum = total = weighted = None
+    for key, value, mask in parts:
+        scores = shaped(buffer, (*query.shape[:2], key.shape[1]))
+        if lazy and maximum is not None:
+            weights = exp_(torch.baddbmm(-maximum, query, key.transpose(1, 2), out=scores))
+            sums = weights.sum(-1, keepdim=True)
+            if sums.amax() <= LARGEST_SUM:  # false for NaN too
+                total += sums
+                weighted.baddbmm_(weights, value)
+                continue
+            lazy = False
+        score(query, key, mask, scores)
+        highest = scores.amax(-1, keepdim=True).clamp_(min=NO_MAXIMUM)
+        if maximum is None:
+            maximum = highest
+            lazy = lazy and bool((scores.amin() - maximum.amax()) * LOG2_E > SMALLEST_EXPONENT)
+        else:
+            previous, maximum = maximum, torch.maximum(maximum, highest)
+            rescale = torch.exp(previous - maximum)
+            total *= rescale
+            weighted *= rescale
+        weights = exp_(scores.sub_(maximum), clamp=not lazy and mask is None)
+        sums = weights.sum(-1, keepdim=True)
+        if weighted is None:
+            total, weighted = sums, torch.bmm(weights, value)
+        else:
+            total += sums
+            weighted.baddbmm_(weights, value)
+    # A row that may attend to nothing has no weight at all: zeros, and a logsumexp of -inf.
+    torch.div(weighted, total, out=weighted)
+    if mask is not None:
+        weighted.masked_fill_(total == 0, 0.0)
+    output.copy_(weighted)
+    torch.add(maximum, total.log_(), out=logsumexp)
+    return lazy
+
+
+def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Tensor:
+    """Scores of scaled queries against keys, masked, written into `scores` [heads, queries, keys]."""
+    # bmm rather than baddbmm with beta=0, which on MPS lets NaN through from uninitialised memory: ComfyUI #15804.
+    torch.bmm(query, key.transpose(1, 2), out=scores)
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(mask.logical_not(), -math.inf)
+    elif mask is not None:
+        scores.add_(mask)
+    return scores
+
+
+def exp_(scores: Tensor, clamp: bool = False) -> Tensor:
+    """exp in place. exp2 is three times as fast on the CPU; log2(e) goes in after the maximum has been subtracted,
+    since folding it into the queries costs eleven times the error on large scores."""
+    scores.mul_(LOG2_E)
+    if clamp and scores.dtype == torch.float32:
+        scores.clamp_(min=SMALLEST_EXPONENT)
+    return scores.exp2_()
+
+
+def scaled(query: Tensor, scale: float) -> Tensor:
+    """Queries times `scale`, in the dtype of the computation: before the product, so that no score overflows."""
+    return query.to(devices.compute_dtype(query.dtype)) * scale
+
+
+def score_buffer(query: Tensor, key: Tensor, sizes: Sizes) -> Tensor:
+    """Room for the scores of one tile, flat."""
+    rows = min(sizes.queries, query.shape[-2]) * min(sizes.heads, query.shape[1])
+    return query.new_empty(rows * min(sizes.keys, key.shape[-2]), dtype=devices.compute_dtype(query.dtype))
+
+
+def shaped(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The front of a flat buffer as a tensor of this shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def head_groups(batch: int, heads: int, size: int) -> Iterator[tuple[int, slice]]:
+    """Indices of groups of at most `size` heads; a group never spans two batch entries, so that it stays a view."""
+    for entry in range(batch):
+        for start in range(0, heads, size):
+            yield entry, slice(start, start + size)
+
+
+def group_of(mask: Tensor, index: tuple[int, slice]) -> Tensor:
+    """The part [heads or 1, queries or 1, keys or 1] of a mask that belongs to a group of heads."""
+    entry, heads = index
+    mask = mask[0 if mask.shape[0] == 1 else entry]
+    return mask if mask.shape[0] == 1 else mask[heads]
+
+
+def rows_of(mask: Tensor, rows: slice) -> Tensor:
+    """The rows of a mask, where it has them."""
+    return mask if mask.shape[-2] == 1 else mask[..., rows, :]
+
+
+def key_parts(
+    key: Tensor, value: Tensor, mask: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys, values and mask in parts of `size` keys, in the dtype of the computation."""
+    compute = devices.compute_dtype(key.dtype)
+    contiguous = devices.rules(key.device).contiguous
+    for start in range(0, key.shape[1], size):
+        part = slice(start, start + size)
+        keys, values = key[:, part].to(compute), value[:, part].to(compute)
+        if contiguous:
+            keys, values = keys.contiguous(), values.contiguous()
+        yield keys, values, mask if mask is None or mask.shape[-1] == 1 else mask[..., part]

@@ -1,0 +1,190 @@
+"""From a problem, its device and the user's settings to an engine and its chunk sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import device as devices
+from .engines import Sizes, fused, portable
+from .problem import Problem, item_bytes
+from .settings import Settings
+
+ENGINES = {engine.NAME: engine for engine in (fused, portable)}  # in order of preference
+
+# One row of one head by this many keys is the least that is ever tried.
+SMALLEST_KV_CHUNK = 64
+# Query chunks of the portable engine shrink to this before key chunks do: fewer rows leave the matrix units idle.
+SMALLEST_FAST_QUERY_CHUNK = 256
+# Heads of a tile, where there are queries enough: as many as a CPU has memory channels to keep busy.
+FEWEST_HEADS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is computed.
+
+    `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all of them for *fused*);
+    `workspace_bytes` is the most that a call allocates beside its output. `reasons` says in words why this engine, and
+    which sliders were overruled; `retries` how often sizes were halved after an out-of-memory.
+    """
+
+    engine: str
+    query_chunk: int
+    kv_chunk: int
+    head_chunk: int
+    workspace_bytes: int
+    reasons: tuple[str, ...] = ()
+    retries: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.query_chunk, self.kv_chunk, self.head_chunk)
+
+    def __str__(self) -> str:
+        heads = f", {self.head_chunk} heads at a time" if self.engine == portable.NAME else ""
+        retries = f", {self.retries} retries" if self.retries else ""
+        reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
+        workspace = self.workspace_bytes / devices.MIB
+        return (
+            f"{self.engine}, {self.query_chunk} x {self.kv_chunk} tokens{heads}, "
+            f"{workspace:.1f} MiB workspace{retries}{reasons}"
+        )
+
+
+def plan(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    settings: Settings = Settings(),
+    *,
+    free_bytes: int | None = None,
+    **more,
+) -> Plan:
+    """How `attention()` would compute tensors of these shapes.
+
+    Args:
+        query_shape: [..., queries, width], `key_shape` [..., keys, width], `value_shape` [..., keys, value width].
+        dtype: of query and key.
+        device: where they are.
+        settings: the user's.
+        free_bytes: the device's free memory, asked of the device if None.
+        more: `value_dtype`, `mask_shape`, `mask_dtype`, `grad`, `mask_grad`, as `Problem.from_shapes` takes them.
+
+    Raises:
+        ValueError: shapes or dtypes that make no attention.
+    """
+    problem = Problem.from_shapes(query_shape, key_shape, value_shape, dtype, device, **more)
+    return plan_problem(problem, settings, free_bytes)
+
+
+def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = None) -> Plan:
+    """The plan for a problem; see `plan`."""
+    if free_bytes is None:
+        free_bytes = devices.free_bytes(problem.device)
+    limit = free_bytes * settings.memory_limit // 100
+    engine, reasons = _choose(problem, settings)
+    if engine == fused.NAME:
+        made = _plan_fused(problem, settings, limit)
+        if made.workspace_bytes <= limit or settings.engine == fused.NAME:
+            return made
+        reasons = ["the fused kernel does not fit the memory limit"]
+    made = _plan_portable(problem, settings, limit)
+    return replace(made, reasons=(*reasons, *made.reasons))
+
+
+def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:
+    """The same plan with another engine or other sizes."""
+    return replace(
+        made,
+        engine=engine,
+        query_chunk=sizes.queries,
+        kv_chunk=sizes.keys,
+        head_chunk=sizes.heads,
+        workspace_bytes=ENGINES[engine].workspace_bytes(problem, sizes),
+    )
+
+
+def _choose(problem: Problem, settings: Settings) -> tuple[str, list[str]]:
+    """The engine, and why it is not the preferred one."""
+    if settings.engine == portable.NAME:
+        return portable.NAME, []
+    if 0 < settings.kv_chunk < problem.keys:
+        return portable.NAME, [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"]
+    reasons = fused.why_not(problem)
+    return (portable.NAME, reasons) if reasons else (fused.NAME, [])
+
+
+def _plan_fused(problem: Problem, settings: Settings, limit: int) -> Plan:
+    rows = min(settings.query_chunk or problem.queries, problem.queries)
+    sizes, reasons = Sizes(rows, problem.keys, problem.heads), []
+    while fused.workspace_bytes(problem, sizes) > limit and sizes.queries > SMALLEST_FAST_QUERY_CHUNK:
+        sizes = sizes._replace(queries=_half(sizes.queries, SMALLEST_FAST_QUERY_CHUNK))
+    if sizes.queries < rows and settings.query_chunk:
+        reasons.append(_overruled("query", rows, sizes.queries, "the memory limit"))
+    return Plan(fused.NAME, *sizes, fused.workspace_bytes(problem, sizes), tuple(reasons))
+
+
+def _plan_portable(problem: Problem, settings: Settings, limit: int) -> Plan:
+    wanted = _preferred_sizes(problem, settings)
+    sizes, reasons = wanted, []
+    for fits, why in (
+        (lambda tried: _device_allows(problem, tried), "the largest tensor this device can hold"),
+        (lambda tried: portable.workspace_bytes(problem, tried) <= limit, "the memory limit"),
+    ):
+        before = sizes
+        sizes = _shrink(sizes, fits)
+        if settings.query_chunk and sizes.queries < before.queries:
+            reasons.append(_overruled("query", before.queries, sizes.queries, why))
+        if settings.kv_chunk and sizes.keys < before.keys:
+            reasons.append(_overruled("key/value", before.keys, sizes.keys, why))
+        if not fits(sizes):
+            reasons.append(f"even the smallest chunks exceed {why}")
+    return Plan(portable.NAME, *sizes, portable.workspace_bytes(problem, sizes), tuple(reasons))
+
+
+def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:
+    """The user's sizes, and for those left automatic the ones that fill the device's tile."""
+    rules = devices.rules(problem.device)
+    scores = rules.tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
+    keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
+    heads = min(FEWEST_HEADS, problem.heads)
+    rows = min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries)
+    heads = max(heads, min(problem.heads, scores // (keys * rows)))
+    return Sizes(rows, keys, heads)
+
+
+def _shrink(sizes: Sizes, fits) -> Sizes:
+    """Smaller sizes until they fit: first heads, then queries as far as they stay fast, then keys, then queries."""
+    smallest = Sizes(min(SMALLEST_FAST_QUERY_CHUNK, sizes.queries), min(SMALLEST_KV_CHUNK, sizes.keys), 1)
+    for field in ("heads", "queries", "keys"):
+        while not fits(sizes) and getattr(sizes, field) > getattr(smallest, field):
+            sizes = sizes._replace(**{field: _half(getattr(sizes, field), getattr(smallest, field))})
+    while not fits(sizes) and sizes.queries > 1:
+        sizes = sizes._replace(queries=_half(sizes.queries, 1))
+    return sizes
+
+
+def _device_allows(problem: Problem, sizes: Sizes) -> bool:
+    rules = devices.rules(problem.device)
+    rows = max(sizes.keys, problem.width, problem.value_width)
+    elements = sizes.heads * max(sizes.queries * rows, sizes.keys * max(problem.width, problem.value_width))
+    if rules.largest_elements is not None and elements > rules.largest_elements:
+        return False
+    bytes_ = elements * item_bytes(devices.compute_dtype(problem.dtype))
+    return rules.largest_bytes is None or bytes_ <= rules.largest_bytes
+
+
+def _half(size: int, smallest: int) -> int:
+    return max(size // 2, smallest)
+
+
+def _multiple_of_64(size: int) -> int:
+    return max(size // 64 * 64, 1)
+
+
+def _overruled(which: str, wanted: int, used: int, by: str) -> str:
+    return f"the {which} chunk size of {wanted} is {used} here: {by}"

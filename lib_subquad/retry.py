@@ -1,0 +1,139 @@
+"""Going on after an out-of-memory: smaller chunks for the rest of the call, and for the next calls of its kind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from typing import Iterator
+
+
+from . import device as devices
+from .engines import Sizes, fused, portable
+from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, plan_problem, with_sizes
+from .problem import Problem
+from .settings import Settings
+
+log = logging.getLogger("subquad")
+
+# Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
+# that the thread which draws live previews needs no lock.
+_remembered: dict[tuple[Problem, Settings], tuple[Plan, int]] = {}
+GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
+
+
+def plan_for(problem: Problem, settings: Settings) -> Plan:
+    """The plan for a call: what was found to fit last time, until free memory has grown."""
+    free = devices.free_bytes(problem.device)
+    found = _remembered.get((problem, settings))
+    if found is not None:
+        made, failed_at = found
+        if free <= failed_at * GROWN:
+            return made
+        _remembered.pop((problem, settings), None)
+    return plan_problem(problem, settings, free)
+
+
+def forget() -> None:
+    """Forget every size that was found to fit."""
+    _remembered.clear()
+
+
+class Attempts:
+    """A call that is tried again with smaller chunks as long as the device runs out of memory.
+
+        while attempts.pending:
+            with attempts.attempt():
+                ...  # an out-of-memory in here halves attempts.plan and leaves it pending
+
+    `plan` is the plan now in force.
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, settings: Settings) -> None:
+        self.problem, self.plan, self.settings = problem, plan, settings
+        self.pending = True
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Raises the device's own error when it is no out-of-memory, when retrying is off, or when the smallest chunk
+        has failed as well; then with a line that says what was tried."""
+        try:
+            yield
+            self.pending = False
+            return
+        except Exception as error:
+            if not (self.settings.retry and devices.is_out_of_memory(error)):
+                raise
+            smaller = halved(self.problem, self.plan)
+            if smaller is None:
+                self._say_what_was_tried(error)
+                raise
+        # Out of the except block the traceback is gone, and with it the tensors that its frames held.
+        devices.release_cached(self.problem.device)
+        self.plan = smaller
+        self._remember()
+
+    def _remember(self) -> None:
+        if self.plan.retries == 1:
+            log.warning("[subquad] out of memory: going on with smaller chunks")
+        free = devices.free_bytes(self.problem.device)
+        _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
+
+    def _say_what_was_tried(self, error: Exception) -> None:
+        line = (
+            f"subquad halved its chunks {self.plan.retries} times, down to {self.plan.query_chunk} queries x "
+            f"{self.plan.kv_chunk} keys of one head; not even that fits"
+        )
+        first = str(error.args[0]) if error.args else type(error).__name__
+        error.args = (f"{first}\n{line}", *error.args[1:])
+
+
+class Chunks(Attempts):
+    """The query chunks of a call, as slices; one that runs out of memory comes again in smaller pieces.
+
+        for rows in chunks:
+            with chunks.attempt():
+                ...  # results of earlier chunks stay
+    """
+
+    def __iter__(self) -> Iterator[slice]:
+        start = 0
+        while start < self.problem.queries:
+            stop = min(start + self.plan.query_chunk, self.problem.queries)
+            self.pending = True
+            yield slice(start, stop)
+            if not self.pending:
+                start = stop
+
+
+def halved(problem: Problem, plan: Plan) -> Plan | None:
+    """The plan with its larger chunk halved; None when one row by the smallest key chunk has been tried.
+
+    Fused attention whose chunks are no longer worth a fused kernel gives way to the portable engine.
+    """
+    smallest_keys = min(SMALLEST_KV_CHUNK, problem.keys)
+    queries, keys, _ = plan.sizes
+    engine = plan.engine
+    if engine == fused.NAME:
+        if queries > SMALLEST_FAST_QUERY_CHUNK:
+            queries //= 2
+        elif portable.why_not(problem):
+            return None
+        else:
+            engine, keys = portable.NAME, min(keys, devices.rules(problem.device).kv_tile)
+    elif keys > smallest_keys and (keys >= queries or queries == 1):
+        keys = max(keys // 2, smallest_keys)
+    elif queries > 1:
+        queries //= 2
+    else:
+        return None
+    heads = problem.heads if engine == fused.NAME else 1
+    smaller = with_sizes(problem, plan, engine, Sizes(queries, keys, heads))
+    return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
+
+
+RETRY_REASON = "smaller chunks after an out-of-memory"
+
+
+def _without_retry(reasons: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(reason for reason in reasons if reason != RETRY_REASON)

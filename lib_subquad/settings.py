@@ -1,0 +1,183 @@
+"""What a user can set: names, defaults, ranges and help, once, for the UI, the API and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+CHUNK_MAX = 16384
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field of `Settings` is presented and what values it takes.
+
+    `choices` is set for fields that name one of several words; `minimum` and `maximum` for whole numbers; neither for
+    a switch.
+    """
+
+    default: Any
+    label: str
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: int = 0
+    maximum: int = 0
+    step: int = 1
+
+    @property
+    def expected(self) -> str:
+        """The values this option takes, in words."""
+        if self.choices:
+            return "one of " + ", ".join(repr(choice) for choice in self.choices)
+        if isinstance(self.default, bool):
+            return "true or false"
+        return f"a whole number from {self.minimum} to {self.maximum}"
+
+    def accepts(self, value: Any) -> bool:
+        if self.choices:
+            return isinstance(value, str) and value in self.choices
+        if isinstance(self.default, bool):
+            return isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and self.minimum <= value <= self.maximum
+
+    def nearest(self, value: Any) -> Any:
+        """The acceptable value closest to `value`, whatever its type; the default where nothing is close."""
+        if self.accepts(value):
+            return value
+        try:
+            if self.choices:
+                wanted = str(value).strip().casefold()
+                return next((choice for choice in self.choices if choice.casefold() == wanted), self.default)
+            if isinstance(self.default, bool):
+                return _as_bool(value, self.default)
+            return _as_int(value, self)
+        except Exception:  # a value whose own str() or float() fails is as broken as any other
+            return self.default
+
+
+def _as_bool(value: Any, default: bool) -> bool:
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+    return words.get(str(value).strip().casefold(), default)
+
+
+def _as_int(value: Any, option: Option) -> int:
+    if isinstance(value, bool):
+        return option.default
+    if not isinstance(value, int):
+        number = float(value)
+        if math.isnan(number):
+            return option.default
+        value = round(min(max(number, option.minimum), option.maximum))
+    return min(max(value, option.minimum), option.maximum)
+
+
+OPTIONS: dict[str, Option] = {
+    "query_chunk": Option(
+        0,
+        "Query chunk size",
+        "How many image tokens ask at a time. Smaller needs less memory and takes longer; "
+        "0 picks the fastest size that fits the memory limit.",
+        maximum=CHUNK_MAX,
+        step=64,
+    ),
+    "kv_chunk": Option(
+        0,
+        "Key/value chunk size",
+        "How many tokens are looked at in one go. Smaller needs less memory and takes longer; a size below the number "
+        "of tokens rules out PyTorch's fused kernel. 0 picks the fastest size that fits the memory limit.",
+        maximum=CHUNK_MAX,
+        step=64,
+    ),
+    "memory_limit": Option(
+        70,
+        "Memory limit, % of free memory",
+        "The share of the device's free memory that one attention call may use as working space. Lower it when other "
+        "programs need the card; chunks shrink to fit, and images take longer.",
+        minimum=1,
+        maximum=100,
+    ),
+    "engine": Option(
+        "automatic",
+        "Engine",
+        "automatic takes PyTorch's fused kernel where the device has one and the portable one elsewhere. fused is "
+        "fastest; portable runs everywhere and never needs more memory than its chunks.",
+        choices=("automatic", "fused", "portable"),
+    ),
+    "checkpointing": Option(
+        "automatic",
+        "Checkpointing while training",
+        "Recompute scores in the backward pass: far less memory for about a third more time. automatic does so "
+        "whenever gradients are needed; never keeps every score; images are not affected.",
+        choices=("automatic", "always", "never"),
+    ),
+    "upcast": Option(
+        "web UI",
+        "Upcast to float32",
+        "Queries and keys in float32: the cure for black images from half-precision models, at up to twice the time. "
+        "'web UI' follows its own setting 'Upcast cross attention layer to float32'.",
+        choices=("web UI", "always", "never"),
+    ),
+    "vae": Option(
+        True,
+        "Use it in the VAE too",
+        "Also take over the VAE's attention, whose one wide head needs the most memory of a large image.",
+    ),
+    "retry": Option(
+        True,
+        "Retry when out of memory",
+        "When the device runs out of memory, halve the chunks and go on instead of losing the image. "
+        "A retried image can differ in its last bits.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user can set; every field is described by `OPTIONS[name]`.
+
+    Raises:
+        ValueError: a value outside its option's range; the message names the field, the value and what was expected.
+    """
+
+    query_chunk: int = OPTIONS["query_chunk"].default
+    kv_chunk: int = OPTIONS["kv_chunk"].default
+    memory_limit: int = OPTIONS["memory_limit"].default
+    engine: str = OPTIONS["engine"].default
+    checkpointing: str = OPTIONS["checkpointing"].default
+    upcast: str = OPTIONS["upcast"].default
+    vae: bool = OPTIONS["vae"].default
+    retry: bool = OPTIONS["retry"].default
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not OPTIONS[field.name].accepts(value):
+                raise ValueError(f"{field.name} is {value!r}; expected {OPTIONS[field.name].expected}")
+
+    @classmethod
+    def nearest(cls, values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+        """Settings from values that may be broken, and a sentence for each one that had to be changed.
+
+        Fields that `values` lacks keep their default; names that are not fields are ignored. Never raises.
+        """
+        legal, changed = {}, []
+        for name, option in OPTIONS.items():
+            if name not in values:
+                continue
+            legal[name] = option.nearest(values[name])
+            if not option.accepts(values[name]):
+                changed.append(f"{name} is {shown(values[name])}, expected {option.expected}; using {legal[name]!r}")
+        return cls(**legal), changed
+
+
+def shown(value: Any) -> str:
+    """`repr(value)`, short, whatever the value."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

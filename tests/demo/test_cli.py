@@ -1,0 +1,60 @@
+"""`python -m demo`, as a user runs it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def test_once_makes_an_image_and_a_line_per_optimizer(tmp_path):
+    out = tmp_path / "out.png"
+    done = run("--once", str(out), "--size", "64", "--steps", "1", "--optimizer", "subquad",
+               "--set", "subquad_query_chunk=64")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for name in ("None", "sdp", "subquad"):
+        line = next(line for line in lines if line.split()[0] == name)
+        assert " s, " in line and "MiB" in line
+    with Image.open(out) as image:
+        assert image.size == (64, 64)
+        assert "Size: 64x64" in image.text["parameters"]
+    assert lines[-1].startswith(f"{out}: made with subquad")
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--size", "100"], "sides must be multiples of 64"),
+    (["--steps", "0"], "steps is 0"),
+    (["--checkpoint", "missing.safetensors"], "there is no such file"),
+    (["--optimizer", "fastest", "--once", "out.png"], "expected one of Automatic"),
+    (["--set", "nothing=1", "--once", "out.png"], "expected key=value"),
+    (["--set", "upcast_attn=true", "--freeze-settings", "--optimizer", "None"], "changing settings is disabled"),
+    (["--once", "out.jpg"], "must end in .png"),
+])
+def test_wrong_input_is_one_line(args, says):
+    done = run(*args)
+    assert done.returncode == 1
+    complaint = [line for line in done.stderr.splitlines() if line.startswith("demo: ")]
+    assert len(complaint) == 1 and says in complaint[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("--port", str(port))
+    assert done.returncode == 1
+    assert f"demo: port {port} cannot be used" in done.stderr
