@@ -56,10 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     from modules import cmd_args
 
     parser = argparse.ArgumentParser(
-        "demo", description="A small host for the extension: loads it as the web UI does and makes images with it.")
+        "demo", description="A small host for the extension: loads it as the web UI does and makes images with it."
+    )
     parser.add_argument("--once", metavar="OUT.png", help="make one image without a browser, and exit")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="a .safetensors file in the SD 1 layout (default: random weights)")
+        "--checkpoint", metavar="FILE", help="a .safetensors file in the SD 1 layout (default: random weights)"
+    )
     parser.add_argument("--optimizer", default="subquad", metavar="NAME", help="the entry to use (default: subquad)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; may be repeated")
     parser.add_argument("--prompt", default=PROMPT, help="any text: with no text encoder, it only picks the image")

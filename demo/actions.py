@@ -64,8 +64,13 @@ def _one(prompt: str, seed: float | None, width: int, height: int, steps: int, p
     title = optimizer_in_force()
     try:
         generation = generate(
-            prompt, int(seed), int(width), int(height), int(steps),
-            progress=lambda done, total: progress((done, total), desc=title, unit="steps"))
+            prompt,
+            int(seed),
+            int(width),
+            int(height),
+            int(steps),
+            progress=lambda done, total: progress((done, total), desc=title, unit="steps"),
+        )
     except DemoError as e:
         raise gr.Error(str(e)) from e
     comparison.record(generation, int(steps))

@@ -53,8 +53,15 @@ class Txt2Img(processing.StableDiffusionProcessingTxt2Img):
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(1, 4, self.height // 8, self.width // 8, generator=generator).to(model.device)
         with torch.inference_mode(), devices.autocast():
-            latent = sample(model, noise, model.encode_prompt(self.prompt), model.encode_prompt(self.negative_prompt),
-                            self.steps, self.cfg_scale, stepped)
+            latent = sample(
+                model,
+                noise,
+                model.encode_prompt(self.prompt),
+                model.encode_prompt(self.negative_prompt),
+                self.steps,
+                self.cfg_scale,
+                stepped,
+            )
             pixels = model.decode(latent)[0]
         return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -75,8 +82,16 @@ def generate(
     """
     check_size(width, height)
     check_steps(steps)
-    p = Txt2Img(prompt=prompt, seed=seed % (SEED_MAX + 1), width=width, height=height, steps=steps,
-                scripts=scripts.scripts_txt2img, on_step=progress, **request)
+    p = Txt2Img(
+        prompt=prompt,
+        seed=seed % (SEED_MAX + 1),
+        width=width,
+        height=height,
+        steps=steps,
+        scripts=scripts.scripts_txt2img,
+        on_step=progress,
+        **request,
+    )
     with queue_lock:
         devices.torch_gc()
         with PeakMemory(devices.device) as peak:

@@ -19,7 +19,8 @@ def install_modules() -> None:
         return
     folder = Path(__file__).parent / "modules"
     spec = importlib.util.spec_from_file_location(
-        "modules", folder / "__init__.py", submodule_search_locations=[str(folder)])
+        "modules", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["modules"] = module
     spec.loader.exec_module(module)

@@ -31,7 +31,8 @@ def architecture(shapes: Shapes, heads: int = SD1_HEADS) -> Architecture:
     _refuse_other_layouts(shapes)
     try:
         return Architecture(
-            unet=_unet(shapes, heads), decoder=_decoder(shapes), embed_dim=shapes[VAE + "post_quant_conv.weight"][1])
+            unet=_unet(shapes, heads), decoder=_decoder(shapes), embed_dim=shapes[VAE + "post_quant_conv.weight"][1]
+        )
     except (KeyError, IndexError) as e:
         raise DemoError(f"checkpoint is not in the SD 1 layout: it lacks {e.args[0]}") from e
 
@@ -96,4 +97,4 @@ def _decoder(shapes: Shapes) -> dict:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    return len({key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)})
+    return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})

@@ -26,13 +26,28 @@ TOKEN_SPREAD = 0.3  # a text encoder's tokens are much alike; unrelated ones of 
 
 SMALL = Architecture(
     unet={
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "channel_mult": (1, 2, 4),
-        "num_res_blocks": 1, "attention_resolutions": (1, 2, 4), "num_heads": SD1_HEADS,
-        "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 64, "legacy": False,
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 64,
+        "channel_mult": (1, 2, 4),
+        "num_res_blocks": 1,
+        "attention_resolutions": (1, 2, 4),
+        "num_heads": SD1_HEADS,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": 64,
+        "legacy": False,
     },
     decoder={
-        "ch": 32, "out_ch": 3, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 1, "attn_resolutions": [],
-        "in_channels": 3, "resolution": 256, "z_channels": 4,
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": (1, 2, 4, 4),
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "in_channels": 3,
+        "resolution": 256,
+        "z_channels": 4,
     },
     embed_dim=4,
 )
@@ -127,8 +142,10 @@ def load_checkpoint(path: str) -> LatentDiffusion:
                 raise DemoError(f"checkpoint is not in the SD 1 layout: it has {min(surplus)}")
             for key, parameter in wanted.items():
                 if parameter.shape != shapes[key]:
-                    raise DemoError(f"checkpoint is not in the SD 1 layout: {key} is {list(shapes[key])}, "
-                                    f"expected {list(parameter.shape)}")
+                    raise DemoError(
+                        f"checkpoint is not in the SD 1 layout: {key} is {list(shapes[key])}, "
+                        f"expected {list(parameter.shape)}"
+                    )
                 parameter.copy_(file.get_tensor(key))
     except SafetensorError as e:
         raise DemoError(f"checkpoint {path!r} is not a safetensors file: {e}") from e

@@ -1,11 +1,11 @@
 """Exact attention in chunks: a loop over query chunks, and an engine that attends each of them.
 
-    attention(query, key, value) = softmax(scale * query . key^T + mask) . value
+attention(query, key, value) = softmax(scale * query . key^T + mask) . value
 """
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor
 

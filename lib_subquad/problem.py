@@ -95,9 +95,7 @@ class Problem:
         )
 
     @classmethod
-    def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, upcast: bool = False
-    ) -> Problem:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, upcast: bool = False) -> Problem:
         """The problem that these tensors pose.
 
         Raises:
@@ -196,12 +194,12 @@ def _check_dtypes(dtype: torch.dtype, value_dtype: torch.dtype) -> None:
             raise ValueError(f"{name} is {given}; expected float16, bfloat16, float32 or float64")
     # The one mixture that a web UI makes: queries and keys upcast, values as the weights are.
     if value_dtype != dtype and not (dtype == torch.float32 and value_dtype in HALF_DTYPES):
-        raise ValueError(f"value is {value_dtype}; expected {dtype}, the dtype of query, or half beside float32 queries")
+        raise ValueError(
+            f"value is {value_dtype}; expected {dtype}, the dtype of query, or half beside float32 queries"
+        )
 
 
-def _mask_sizes(
-    mask: tuple[int, ...], dtype: torch.dtype | None, scores: tuple[int, ...]
-) -> tuple[int, int, int, int]:
+def _mask_sizes(mask: tuple[int, ...], dtype: torch.dtype | None, scores: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The mask's sizes in four dimensions, ones where it broadcasts."""
     if dtype != torch.bool and dtype not in FLOAT_DTYPES:
         raise ValueError(f"mask {_sizes(mask)} is {dtype}; expected bool or a floating-point dtype")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 CHUNK_MAX = 16384
 
@@ -169,9 +170,16 @@ class Settings:
             if name not in values:
                 continue
             legal[name] = option.nearest(values[name])
-            if not option.accepts(values[name]):
+            if not _same(values[name], legal[name]):
                 changed.append(f"{name} is {shown(values[name])}, expected {option.expected}; using {legal[name]!r}")
         return cls(**legal), changed
+
+
+def _same(value: Any, legal: Any) -> bool:
+    """Whether nothing was changed but a number's type: gradio and JSON give 512.0 for 512."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not isinstance(legal, str):
+        return value == legal
+    return type(value) is type(legal) and value == legal
 
 
 def shown(value: Any) -> str:

@@ -50,8 +50,12 @@ class Processed:
 def create_infotext(p: StableDiffusionProcessing) -> str:
     """The request in the web UI's notation."""
     params = {
-        "Steps": p.steps, "Sampler": p.sampler_name, "CFG scale": p.cfg_scale, "Seed": p.seed,
-        "Size": f"{p.width}x{p.height}", **p.extra_generation_params,
+        "Steps": p.steps,
+        "Sampler": p.sampler_name,
+        "CFG scale": p.cfg_scale,
+        "Seed": p.seed,
+        "Size": f"{p.width}x{p.height}",
+        **p.extra_generation_params,
     }
     line = ", ".join(f"{key}: {_quote(value)}" for key, value in params.items() if value is not None)
     negative = f"\nNegative prompt: {p.negative_prompt}" if p.negative_prompt else ""

@@ -21,7 +21,13 @@ class ScriptCallback:
 
 
 CATEGORIES = (
-    "app_started", "model_loaded", "ui_tabs", "ui_settings", "before_ui", "script_unloaded", "list_optimizers",
+    "app_started",
+    "model_loaded",
+    "ui_tabs",
+    "ui_settings",
+    "before_ui",
+    "script_unloaded",
+    "list_optimizers",
 )
 callback_map: dict[str, list[ScriptCallback]] = {f"callbacks_{category}": [] for category in CATEGORIES}
 

@@ -54,7 +54,8 @@ def undo_optimizations() -> None:
     """Give ldm's classes their own forwards back. The entry in force is not told."""
     ldm.modules.attention.CrossAttention.forward = hypernetwork.attention_CrossAttention_forward
     ldm.modules.diffusionmodules.model.AttnBlock.forward = (
-        sd_hijack_optimizations.diffusionmodules_model_AttnBlock_forward)
+        sd_hijack_optimizations.diffusionmodules_model_AttnBlock_forward
+    )
 
 
 class StableDiffusionModelHijack:

@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 def cross_attention_forward(self, x, context=None, mask=None, **kwargs):
     """For `CrossAttention`: x [B, N, C], context [B, M, C'], mask [B, M] (True = may attend)."""
     context_k, context_v = hypernetwork.apply_hypernetworks(
-        shared.loaded_hypernetworks, x if context is None else context)
+        shared.loaded_hypernetworks, x if context is None else context
+    )
     q, k, v = (
         projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
         for projected in (self.to_q(x), self.to_k(context_k), self.to_v(context_v))

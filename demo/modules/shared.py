@@ -30,12 +30,18 @@ def _attention_choices() -> dict:
     return {"choices": shared_items.cross_attention_optimizations()}
 
 
-opts = Options(options_section(("optimizations", "Optimizations", "sd"), {
-    "cross_attention_optimization":
-        OptionInfo("Automatic", "Cross attention optimization", gr.Dropdown, _attention_choices),
-    "upcast_attn": OptionInfo(False, "Upcast cross attention layer to float32"),
-    "training_xattention_optimizations": OptionInfo(False, "Use cross attention optimizations while training"),
-}))
+opts = Options(
+    options_section(
+        ("optimizations", "Optimizations", "sd"),
+        {
+            "cross_attention_optimization": OptionInfo(
+                "Automatic", "Cross attention optimization", gr.Dropdown, _attention_choices
+            ),
+            "upcast_attn": OptionInfo(False, "Upcast cross attention layer to float32"),
+            "training_xattention_optimizations": OptionInfo(False, "Use cross attention optimizations while training"),
+        },
+    )
+)
 
 
 def __getattr__(name: str):

@@ -1,0 +1,22 @@
+"""What an image's infotext says of us: settings that are not the default, and whether memory ran out."""
+
+from __future__ import annotations
+
+from . import options, status
+from .optimizer import ENTRY
+
+RETRIES = "Subquad retries"
+
+
+def begin(p) -> None:
+    """At `process`, when this request's overrides are in force."""
+    status.begin()
+    if ENTRY.active:
+        p.extra_generation_params.update(options.changed_from_default())
+
+
+def finish_batch(p) -> None:
+    """At `postprocess_batch`, before infotexts are made: a retry changes an image's last bits."""
+    retries = status.generation().retries
+    if retries:
+        p.extra_generation_params[RETRIES] = retries

@@ -1,0 +1,29 @@
+"""The one door: the web UI runs this file, and each callback goes on to lib_subquad.webui."""
+
+from modules import script_callbacks, scripts
+
+from lib_subquad.webui import infotext, optimizer, options
+
+# "Reload custom script bodies" runs this file again without unloading it first.
+script_callbacks.remove_current_script_callbacks()
+
+options.register()  # here too: --nowebui never asks for the settings
+script_callbacks.on_ui_settings(options.register)
+script_callbacks.on_list_optimizers(optimizer.list_entry)
+script_callbacks.on_script_unloaded(optimizer.unload)
+
+
+class Subquad(scripts.Script):
+    """Writes the infotext; shows nothing."""
+
+    def title(self):
+        return "subquad"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def process(self, p, *args):
+        infotext.begin(p)
+
+    def postprocess_batch(self, p, *args, **kwargs):
+        infotext.finish_batch(p)
