@@ -10,7 +10,7 @@ sums of grad_output * output (Dao et al. 2022, FlashAttention, arXiv 2205.14135,
 from __future__ import annotations
 
 import math
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import device as devices
 from .engines import Sizes
 from .engines.portable import exp_, group_of, head_groups, key_parts, rows_of, scaled, score, score_buffer, shaped
-from .plan import Plan
-from .problem import Problem
 from .retry import Attempts
-from .settings import Settings
 
 
 class ChunkedAttention(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import ContextManager
 
 import torch
@@ -73,7 +73,7 @@ def kind(device: torch.device) -> str:
     return {"privateuseone": "directml"}.get(device.type, device.type if device.type in RULES else "other")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_kind(index: int | None) -> str:
     if torch.version.hip:
         return "rocm"

@@ -89,10 +89,10 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
     engine, reasons = _choose(problem, settings)
     if engine == fused.NAME:
         made = _plan_fused(problem, settings, limit)
-        if made.workspace_bytes <= limit or settings.engine == fused.NAME:
-            return made
-        reasons = ["the fused kernel does not fit the memory limit"]
-    made = _plan_portable(problem, settings, limit)
+        if made.workspace_bytes > limit and settings.engine != fused.NAME:
+            reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
+    else:
+        made = _plan_portable(problem, settings, limit)
     return replace(made, reasons=(*reasons, *made.reasons))
 
 
@@ -109,13 +109,13 @@ def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:
 
 
 def _choose(problem: Problem, settings: Settings) -> tuple[str, list[str]]:
-    """The engine, and why it is not the preferred one."""
+    """The engine, and why."""
     if settings.engine == portable.NAME:
-        return portable.NAME, []
+        return portable.NAME, ["the engine is set to portable"]
     if 0 < settings.kv_chunk < problem.keys:
         return portable.NAME, [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"]
     reasons = fused.why_not(problem)
-    return (portable.NAME, reasons) if reasons else (fused.NAME, [])
+    return (portable.NAME, reasons) if reasons else (fused.NAME, ["PyTorch has a fused kernel for these sizes"])
 
 
 def _plan_fused(problem: Problem, settings: Settings, limit: int) -> Plan:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Iterator
-
 
 from . import device as devices
 from .engines import Sizes, fused, portable

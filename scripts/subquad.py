@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_subquad.webui import infotext, optimizer, options
+from lib_subquad.webui import api, axes, infotext, optimizer, options, tab
 
 # "Reload custom script bodies" runs this file again without unloading it first.
 script_callbacks.remove_current_script_callbacks()
@@ -11,6 +11,9 @@ options.register()  # here too: --nowebui never asks for the settings
 script_callbacks.on_ui_settings(options.register)
 script_callbacks.on_list_optimizers(optimizer.list_entry)
 script_callbacks.on_script_unloaded(optimizer.unload)
+script_callbacks.on_before_ui(axes.register)
+script_callbacks.on_ui_tabs(tab.create)
+script_callbacks.on_app_started(api.mount)
 
 
 class Subquad(scripts.Script):

@@ -8,7 +8,7 @@ the maximum moves. No part outlives its turn, and one score buffer serves them a
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor

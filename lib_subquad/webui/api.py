@@ -1,0 +1,108 @@
+"""HTTP beside the web UI's own: /subquad/v1/plan and /subquad/v1/status, behind the same authentication."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, Field
+
+from ..lab.explain import Row
+from . import models, options, status
+from .optimizer import ENTRY
+
+
+class PlanRow(BaseModel):
+    """One distinct attention shape."""
+
+    part: str = Field(description="unet, vae_encoder or vae_decoder")
+    kind: str = Field(description="self or cross")
+    layers: int = Field(description="how many layers have this shape")
+    query_tokens: int
+    key_tokens: int
+    heads: int = Field(description="heads of all images in the batch")
+    head_width: int
+    engine: str
+    query_chunk: int
+    kv_chunk: int
+    workspace_bytes: int
+    reasons: list[str] = Field(description="why this engine and these sizes, in words")
+
+
+class PlanResponse(BaseModel):
+    family: str
+    notes: list[str]
+    rows: list[PlanRow]
+    largest_image: Optional[list[int]] = Field(  # noqa: UP045 - pydantic 1 reads annotations itself
+        None, description="[width, height] of the largest image in these proportions inside the memory limit"
+    )
+
+
+class StatusResponse(BaseModel):
+    active: bool = Field(description="whether subquad is the attention optimization in use")
+    summary: str
+    calls: int
+    retries: int
+    engine: Optional[str] = None  # noqa: UP045
+    query_chunk: Optional[int] = None  # noqa: UP045
+    kv_chunk: Optional[int] = None  # noqa: UP045
+    workspace_bytes: Optional[int] = Field(None, description="the largest of any call")  # noqa: UP045
+
+
+def mount(_page, app: FastAPI) -> None:
+    """Add the routes where the web UI has an API, with the dependencies of one of its own."""
+    own = [route for route in app.routes if getattr(route, "path", "").startswith("/sdapi/")]
+    if not own:
+        return
+    dependencies = list(getattr(own[0], "dependencies", []))
+    for path, endpoint, response in (
+        ("/subquad/v1/plan", plan_route, PlanResponse),
+        ("/subquad/v1/status", status_route, StatusResponse),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=response, dependencies=dependencies)
+    app.openapi_schema = None  # made anew, with our routes
+
+
+def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: str = models.LOADED) -> PlanResponse:
+    """How attention would be computed for an image of this size: a row for every distinct shape."""
+    settings = options.current()
+    try:
+        found, rows = models.rows_for(checkpoint, width, height, batch, settings)
+    except models.Refused as error:
+        raise HTTPException(status_code=422, detail=str(error)) from error
+    largest = models.largest(found, width, height, batch, settings) if rows else None
+    return PlanResponse(
+        family=found.family,
+        notes=list(found.notes),
+        rows=[_row(row) for row in rows],
+        largest_image=list(largest) if largest else None,
+    )
+
+
+def status_route() -> StatusResponse:
+    """Which optimization is active, and what the last generation took."""
+    seen = status.generation()
+    fields = {}
+    if seen.largest is not None:
+        names = ("engine", "query_chunk", "kv_chunk", "workspace_bytes")
+        fields = {name: getattr(seen.largest, name) for name in names}
+    return StatusResponse(
+        active=ENTRY.active, summary=status.summary(), calls=seen.calls, retries=seen.retries, **fields
+    )
+
+
+def _row(row: Row) -> PlanRow:
+    return PlanRow(
+        part=row.part,
+        kind=row.kind,
+        layers=row.layers,
+        query_tokens=row.problem.queries,
+        key_tokens=row.problem.keys,
+        heads=row.problem.batch * row.problem.heads,
+        head_width=row.problem.width,
+        engine=row.plan.engine,
+        query_chunk=row.plan.query_chunk,
+        kv_chunk=row.plan.kv_chunk,
+        workspace_bytes=row.plan.workspace_bytes,
+        reasons=list(row.plan.reasons),
+    )

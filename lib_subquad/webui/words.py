@@ -1,0 +1,115 @@
+"""The words and tables of the tab, as HTML. Every technical term carries a tooltip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from ..checkpoint import Checkpoint
+from ..lab.explain import Row, megabytes
+from ..lab.explore import Exploration, Trial
+
+KINDS = ("self", "cross")
+
+TERMS = {
+    "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
+    "Layers": "How many layers of the model work on this shape, each once in every sampling step.",
+    "Tokens": "The pieces that attention compares: small patches of the image, or words of the prompt (77 at a time).",
+    "Heads": "Attention looks at the image in several independent ways at once. Number of heads x width of each.",
+    "Engine": "What computes attention: fused is PyTorch's built-in fast kernel, portable runs on every device.",
+    "Query chunk": "How many tokens ask at a time. Smaller needs less memory and takes longer.",
+    "KV chunk": "How many tokens are looked at in one go, as keys and values. Smaller needs less memory.",
+    "Workspace": "Memory that one call needs beside its input and its result.",
+    "Why": "Why this engine, and which of your settings had to give way.",
+    "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
+    "Time": "Attention alone, in one sampling step, on this device.",
+    "Peak": "The most memory that any call needed beside its input and its result.",
+}
+
+CSS = """
+<style>
+.subquad-table {overflow-x: auto}
+.subquad-table table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap}
+.subquad-table th, .subquad-table td {text-align: left; padding: .35em .8em .35em 0; vertical-align: top}
+.subquad-table tr {border-bottom: 1px solid var(--border-color-primary, #8884)}
+.subquad-table td:last-child {white-space: normal; min-width: 12em}
+.subquad-table abbr, .subquad-line abbr {text-decoration: underline dotted; cursor: help}
+.subquad-line {margin: .3em 0}
+.subquad-warning {border-left: 3px solid #d97706; padding-left: .6em}
+</style>
+"""
+
+
+def term(word: str, name: str | None = None) -> str:
+    """A word with the tooltip of a term."""
+    return f'<abbr title="{escape(TERMS[name or word], quote=True)}">{escape(word)}</abbr>'
+
+
+def line(text: str) -> str:
+    return f'<p class="subquad-line">{text}</p>'
+
+
+def warning(text: str) -> str:
+    return f'<p class="subquad-line subquad-warning">{escape(text)}</p>'
+
+
+def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int] | None) -> str:
+    """The answer to Explain."""
+    notes = "".join(line(escape(note)) for note in checkpoint.notes)
+    if not rows:
+        return CSS + warning(f"{checkpoint.family}: no attention layer that subquad serves.") + notes
+    counted = {kind: sum(row.layers for row in rows if row.part == "unet" and row.kind == kind) for kind in KINDS}
+    vae = sum(row.layers for row in rows if row.part != "unet")
+    summary = (
+        f"<b>{escape(checkpoint.family)}</b>: {sum(counted.values())} attention layers in the U-Net "
+        f"({counted['self']} in which the image looks at itself, {counted['cross']} at the prompt), "
+        f"{vae} in the VAE."
+    )
+    table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
+    size = (
+        f"Largest image in these proportions whose attention stays inside the {term('memory limit', 'Workspace')}: "
+        f"<b>{largest[0]} x {largest[1]}</b>. The rest of the model needs memory as well."
+        if largest
+        else "Not even the smallest image keeps its attention inside the memory limit."
+    )
+    return CSS + line(summary) + table + line(size) + notes
+
+
+def trial_table(exploration: Exploration) -> str:
+    """The answer to Measure: the settings that nothing beats in both time and memory, today's, and the recommended."""
+    today, recommended, automatic = exploration.today(), exploration.recommended(), exploration.automatic()
+    shown = {id(trial): trial for trial in (*exploration.pareto_front(), automatic, today, recommended) if trial}
+    rows = []
+    for trial in sorted(shown.values(), key=lambda trial: trial.seconds):
+        marks = [words for mark, words in ((recommended, "recommended"), (today, "today")) if trial is mark]
+        if not trial.fits:
+            marks.append("over the memory limit")
+        rows.append([trial.label, f"{trial.seconds * 1e3:.1f} ms", megabytes(trial.peak_bytes), ", ".join(marks)])
+    if not rows:
+        return CSS + warning("Nothing was measured yet.")
+    table = _table(["Setting", "Time", "Peak", ""], ([escape(cell) for cell in row] for row in rows))
+    return CSS + line(verdict(today, recommended)) + table
+
+
+def verdict(today: Trial | None, recommended: Trial | None) -> str:
+    if recommended is None:
+        return "Nothing was measured yet."
+    if today is None:
+        return f"Recommended: <b>{escape(recommended.label)}</b>."
+    if today.label == recommended.label:
+        return f"Your setting, <b>{escape(today.label)}</b>, is the best one here."
+    change = today.seconds / recommended.seconds
+    faster = f"{change:.2f} times as fast as" if change >= 1 else f"slower ({change:.2f} times) but smaller than"
+    return f"Recommended: <b>{escape(recommended.label)}</b>, {faster} yours, {escape(today.label)}."
+
+
+def progress(done: int, total: int, seconds_left: float | None, what: str) -> str:
+    left = "" if seconds_left is None else f", about {max(1, round(seconds_left))} s left"
+    bar = f'<progress max="{total}" value="{done}" style="width: 100%"></progress>'
+    return line(f"{bar}<br>{done} of {total} measured{left}: {escape(what)}")
+
+
+def _table(headings: list[str], rows: Iterable[list[str]]) -> str:
+    head = "".join(f"<th>{term(heading) if heading else ''}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="subquad-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
