@@ -574,7 +574,9 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """name -> shape of every tensor in a `.safetensors` file.
 
     The header is checked here first: the `safetensors` package says little about what is wrong, lets a name occur
-    twice, and reads up to 100 MB before it looks. Then the package opens the file and has the last word.
+    twice, and reads up to 100 MB before it looks. Then the package opens the file and has the last word. The shapes are
+    those of the header as checked: asking the package for them (`get_slice(name).get_shape()`) takes a time that grows
+    with the square of the number of tensors, 0.5 s for SDXL's 2,515 and hours for a hostile header.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -588,8 +590,8 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             size = os.fstat(file.fileno()).st_size
             header, data_size = _read_header(file, size)
         _check_tensors(header, data_size)
-        with safe_open(path, framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy"):  # raises if it disagrees
+            pass
     except FileNotFoundError as error:
         raise CheckpointError("there is no such file") from error
     except SafetensorError as error:
@@ -599,6 +601,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, ValueError) as error:  # ValueError: a path that no file system can have
         # strerror, because str() of an OSError would show a stranger the whole path.
         raise CheckpointError(f"it cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

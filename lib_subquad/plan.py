@@ -89,7 +89,7 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
     engine, reasons = _choose(problem, settings)
     if engine == fused.NAME:
         made = _plan_fused(problem, settings, limit)
-        if made.workspace_bytes > limit and settings.engine != fused.NAME:
+        if made.workspace_bytes > limit:
             reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
     else:
         made = _plan_portable(problem, settings, limit)
