@@ -35,8 +35,8 @@ from .settings import shown
 Shape = tuple[int, int, int, int]
 
 PROMPT_TOKENS = 77  # CLIP reads a prompt in pieces of 75 tokens between a start and an end token
-HEADER_LIMIT = 16 * 2**20  # bytes; SDXL's header has 0.3 MiB, one with a long training log in its metadata 2 MiB
-YAML_LIMIT = 64 * 2**10  # bytes; the longest of the web UI's own has 3 KiB
+HEADER_LIMIT = 16 * 2**20  # bytes; SDXL's header has 0.3 MiB, metadata such as a preview picture may add a few
+YAML_LIMIT = 64 * 2**10  # bytes; the longest that comes with the web UI has 6 KiB
 
 
 class CheckpointError(ValueError):
@@ -349,7 +349,7 @@ def _unet_layers(
     known = {f"{attention.name}.to_q.weight" for attention in found}
     others = [match.string for match in _matches(_ANY_ATTENTION, shapes, prefix) if match.string not in known]
     if others:
-        notes.append(f"{len(others)} attention layers of a kind not known here, such as {shown(others[0])}.")
+        notes.append(f"Left out, as attention of a kind not known here: {len(others)}, such as {shown(others[0])}.")
 
     downsampling = _unet_downsampling(shapes, prefix)
     layers = []
@@ -576,7 +576,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     The header is checked here first: the `safetensors` package says little about what is wrong, lets a name occur
     twice, and reads up to 100 MB before it looks. Then the package opens the file and has the last word. The shapes are
     those of the header as checked: asking the package for them (`get_slice(name).get_shape()`) takes a time that grows
-    with the square of the number of tensors, 0.5 s for SDXL's 2,515 and hours for a hostile header.
+    with the square of the number of tensors, 0.5 s for SDXL's 2,515, and at that rate hours for a hostile header.
     """
     try:
         from safetensors import SafetensorError, safe_open

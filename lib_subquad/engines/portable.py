@@ -8,7 +8,7 @@ the maximum moves. No part outlives its turn, and one score buffer serves them a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,12 +62,20 @@ def attend(
         return attend_keeping_scores(query, key, value, mask, scale), None
     batch, heads, queries, _ = query.shape
     output = new_output(query, value)
-    logsumexp = query.new_empty(batch, heads, queries, 1, dtype=devices.compute_dtype(query.dtype))
+    compute = devices.compute_dtype(query.dtype)
+    logsumexp = query.new_empty(batch, heads, queries, 1, dtype=compute) if problem.grad else None
+    # Scores are scaled once their maximum has been subtracted: no pass over the queries, no rounding of them. That
+    # needs a positive scale, and a mask that adds to scores needs them scaled before.
+    late = scale if scale > 0 and (mask is None or mask.dtype == torch.bool) else 1.0
     scores = score_buffer(query, key, sizes)
-    lazy = devices.rules(query.device).lazy_maximum and mask is None
+    lazy = devices.rules(query.device).lazy_maximum and mask is None and sizes.keys < key.shape[2]
     for index in head_groups(batch, heads, sizes.heads):
+        group = scaled(query[index], scale / late)
         parts = key_parts(key[index], value[index], None if mask is None else group_of(mask, index), sizes.keys)
-        lazy = fold(query[index], parts, scale, scores, lazy, output[index], logsumexp[index])
+        weighted, total, maximum, lazy = fold(group, parts, late, scores, lazy)
+        divide(weighted, total, mask is not None, output[index])
+        if logsumexp is not None:
+            torch.add(total.log_(), maximum, alpha=late, out=logsumexp[index])
     return output, logsumexp
 
 
@@ -84,20 +92,22 @@ def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 
 def fold(
-    query: Tensor, parts: Iterator, scale: float, buffer: Tensor, lazy: bool, output: Tensor, logsumexp: Tensor
-) -> bool:
-    """Attend one group of heads, query [heads, queries, width], over all key parts; write output and logsumexp.
+    query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Fold one group of heads, query [heads, queries, width], over all key parts.
 
     `lazy` takes the maximum seen so far for a part's own, which saves a pass over its scores. Exact as long as no sum
     overflows; one that does, or scores spread so far that exponentials underflow, ends it for the rest of the call.
-    Returns whether being lazy still pays.
+
+    Returns:
+        The weighted sum of values [heads, queries, value width], the sum of weights and the maximum score, both
+        [heads, queries, 1], and whether being lazy still pays.
     """
-    query = scaled(query, scale)
     maximum = total = weighted = None
     for key, value, mask in parts:
         scores = shaped(buffer, (*query.shape[:2], key.shape[1]))
         if lazy and maximum is not None:
-            weights = exp_(torch.baddbmm(-maximum, query, key.transpose(1, 2), out=scores))
+            weights = exp_(torch.baddbmm(-maximum, query, key.transpose(1, 2), out=scores), scale)
             sums = weights.sum(-1, keepdim=True)
             if sums.amax() <= LARGEST_SUM:  # false for NaN too
                 total += sums
@@ -108,26 +118,32 @@ def fold(
         highest = scores.amax(-1, keepdim=True).clamp_(min=NO_MAXIMUM)
         if maximum is None:
             maximum = highest
-            lazy = lazy and bool((scores.amin() - maximum.amax()) * LOG2_E > SMALLEST_EXPONENT)
+            lazy = lazy and bool((scores.amin() - maximum.amax()) * (scale * LOG2_E) > SMALLEST_EXPONENT)
         else:
             previous, maximum = maximum, torch.maximum(maximum, highest)
-            rescale = torch.exp(previous - maximum)
+            rescale = exp_(previous.sub_(maximum), scale, clamp=mask is None)
             total *= rescale
             weighted *= rescale
-        weights = exp_(scores.sub_(maximum), clamp=not lazy and mask is None)
+        weights = exp_(scores.sub_(maximum), scale, clamp=not lazy and mask is None)
         sums = weights.sum(-1, keepdim=True)
         if weighted is None:
             total, weighted = sums, torch.bmm(weights, value)
         else:
             total += sums
             weighted.baddbmm_(weights, value)
-    # A row that may attend to nothing has no weight at all: zeros, and a logsumexp of -inf.
-    torch.div(weighted, total, out=weighted)
-    if mask is not None:
-        weighted.masked_fill_(total == 0, 0.0)
+    return weighted, total, maximum, lazy
+
+
+def divide(weighted: Tensor, total: Tensor, masked: bool, output: Tensor) -> None:
+    """Write weighted / total into output; where masked, zeros for rows that may attend to nothing, whose total is 0."""
+    if masked:
+        weighted.div_(total).masked_fill_(total == 0, 0.0)
+    elif output.dtype == weighted.dtype and not devices.rules(output.device).contiguous:
+        torch.div(weighted, total, out=output)
+        return
+    else:
+        weighted.div_(total)
     output.copy_(weighted)
-    torch.add(maximum, total.log_(), out=logsumexp)
-    return lazy
 
 
 def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Tensor:
@@ -141,18 +157,21 @@ def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Te
     return scores
 
 
-def exp_(scores: Tensor, clamp: bool = False) -> Tensor:
-    """exp in place. exp2 is three times as fast on the CPU; log2(e) goes in after the maximum has been subtracted,
-    since folding it into the queries costs eleven times the error on large scores."""
-    scores.mul_(LOG2_E)
+def exp_(scores: Tensor, scale: float = 1.0, clamp: bool = False) -> Tensor:
+    """exp(scale * scores) in place. exp2 is three times as fast on the CPU; log2(e) goes in after the maximum has been
+    subtracted, since folding it into the queries costs eleven times the error on large scores."""
+    scores.mul_(scale * LOG2_E)
     if clamp and scores.dtype == torch.float32:
         scores.clamp_(min=SMALLEST_EXPONENT)
     return scores.exp2_()
 
 
 def scaled(query: Tensor, scale: float) -> Tensor:
-    """Queries times `scale`, in the dtype of the computation: before the product, so that no score overflows."""
-    return query.to(devices.compute_dtype(query.dtype)) * scale
+    """Queries times `scale`, in the dtype of the computation, so that no half-precision score overflows."""
+    query = query.to(devices.compute_dtype(query.dtype))
+    if scale != 1.0:
+        query = query * scale
+    return query.contiguous() if devices.rules(query.device).contiguous else query
 
 
 def score_buffer(query: Tensor, key: Tensor, sizes: Sizes) -> Tensor:

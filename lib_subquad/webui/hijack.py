@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import sys
 from collections.abc import Callable
 
 
@@ -10,42 +10,43 @@ class ForwardHook:
     """Puts `forward` in place of `owner.forward` while applied.
 
     Other extensions capture bound methods, wrap `forward` or replace it, and no undo reaches what they hold. So our
-    forward, called while not applied, hands over to the one that the class has now; and where that one is a wrapper
-    around ours, to what stood there before we first came. `before` is the forward that stood there when last applied.
+    forward, called while not applied, steps aside.
     """
 
     def __init__(self, owner: type, forward: Callable) -> None:
         self.owner = owner
         self.applied = False
-        self.before = self._pristine = None
-        self._handing_over = threading.local()
+        self._before = self._first = owner.forward
 
         def hooked(layer, *args, **kwargs):
-            if self.applied:
-                return forward(layer, *args, **kwargs)
-            return self._hand_over(layer, *args, **kwargs)
+            return (forward if self.applied else self.step_aside)(layer, *args, **kwargs)
 
         self.forward = hooked
 
     def apply(self) -> None:
         if self.owner.forward is not self.forward:
-            self.before = self.owner.forward
-            self._pristine = self._pristine or self.before
+            self._before = self.owner.forward
             self.owner.forward = self.forward
         self.applied = True
 
     def undo(self) -> None:
         """Puts back what stood there, unless somebody else's forward stands there by now."""
         if self.owner.forward is self.forward:
-            self.owner.forward = self.before
+            self.owner.forward = self._before
         self.applied = False
 
-    def _hand_over(self, layer, *args, **kwargs):
-        inside = self._handing_over.__dict__.setdefault("layers", set())
-        if id(layer) in inside or self.owner.forward is self.forward:
-            return self._pristine(layer, *args, **kwargs)
-        inside.add(id(layer))
-        try:
-            return self.owner.forward(layer, *args, **kwargs)
-        finally:
-            inside.discard(id(layer))
+    def step_aside(self, layer, *args, **kwargs):
+        """What the layer would do without us: the forward that the class has now, or had when we were last applied, or
+        had at first; never one that wraps ours and so called us, for it would come back here and have its way twice.
+        """
+        others = (self.owner.forward, self._before, self._first)
+        forward = next((it for it in others if it is not self.forward and not _is_running(it)), self._first)
+        return forward(layer, *args, **kwargs)
+
+
+def _is_running(function: Callable) -> bool:
+    """Whether we are being called from inside `function`."""
+    code, frame = getattr(function, "__code__", None), sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None

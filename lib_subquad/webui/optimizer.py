@@ -33,7 +33,7 @@ def attn_block_forward(layer, x, *args, **kwargs):
     settings = options.current()
     if settings.vae:
         return layers.attn_block(layer, x, settings=settings, report=status.record, **kwargs)
-    return ENTRY.before(type(layer))(layer, x, *args, **kwargs)
+    return ENTRY.hook_of(type(layer)).step_aside(layer, x, *args, **kwargs)
 
 
 HOOKED = (
@@ -84,9 +84,9 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
     def active(self) -> bool:
         return any(hook.applied for hook in self._hooks.values())
 
-    def before(self, owner: type):
-        """The forward that stood in `owner`, or in its hooked ancestor, before this entry was applied."""
-        return next(self._hooks[base].before for base in owner.__mro__ if base in self._hooks)
+    def hook_of(self, owner: type) -> ForwardHook:
+        """The hook of `owner`, or of its ancestor."""
+        return next(self._hooks[base] for base in owner.__mro__ if base in self._hooks)
 
 
 ENTRY = Subquad()

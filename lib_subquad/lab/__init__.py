@@ -1,0 +1,1 @@
+"""The Attention Lab and the benchmark: measure, recommend, plot."""
