@@ -1,0 +1,103 @@
+"""python -m lib_subquad lab: measure engines and chunk sizes on a checkpoint's shapes, and recommend the best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from . import question
+from .explain import megabytes
+from .explore import TUNED, Exploration
+from .plan_command import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    question.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time against peak memory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    asked = question.read(arguments)
+    exploration = Exploration(asked.rows(), asked.settings, asked.device)
+    stopped = _measure(exploration)
+    if not exploration.trials:
+        print("Stopped before a first setting was measured.")
+        return 130
+    recommended, today = exploration.recommended(), exploration.today()
+    front = exploration.pareto_front()
+    rows = []
+    for trial in sorted(exploration.trials, key=lambda trial: trial.seconds):
+        marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
+        marks += ["Pareto front"] * (trial in front) + ["over the memory limit"] * (not trial.fits)
+        rows.append(
+            {
+                "Setting": trial.label,
+                "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
+                "Peak workspace": megabytes(trial.peak_bytes),
+                "": ", ".join(marks),
+            }
+        )
+    print(table(rows))
+    print(f"\nRecommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_as_json(asked, exploration), indent=2) + "\n", encoding="utf-8")
+    if arguments.plot:
+        from .picture import draw
+
+        draw(exploration).savefig(arguments.plot)
+    return 130 if stopped else 0
+
+
+def _measure(exploration: Exploration) -> bool:
+    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    bar = None
+    try:
+        for step in exploration.run():
+            if tqdm is None:
+                print(f"{step.done} of {step.total}: {step.what}")
+                continue
+            if bar is None or bar.total != step.total:
+                bar = tqdm(total=step.total, unit="call") if bar is None else _restart(bar, step.total)
+            bar.n = step.done
+            left = "" if step.seconds_left is None else f", {step.seconds_left:.0f} s left"
+            bar.set_postfix_str(step.what + left)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        if bar is not None:
+            bar.close()
+    return False
+
+
+def _restart(bar, total: int):
+    bar.reset(total=total)
+    return bar
+
+
+def _as_json(asked: question.Question, exploration: Exploration) -> dict:
+    front, recommended = exploration.pareto_front(), exploration.recommended()
+    return {
+        "family": asked.checkpoint.family,
+        "size": [asked.width, asked.height],
+        "batch": asked.batch,
+        "device": str(asked.device),
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "limit_bytes": exploration.limit_bytes,
+        "trials": [
+            {name: getattr(trial.settings, name) for name in TUNED}
+            | {
+                "seconds": trial.seconds,
+                "peak_bytes": trial.peak_bytes,
+                "fits": trial.fits,
+                "pareto": trial in front,
+                "recommended": trial is recommended,
+            }
+            for trial in exploration.trials
+        ],
+    }

@@ -1,0 +1,103 @@
+"""What `plan` and `lab` are asked on the command line: a checkpoint, an image size, a device and settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import Checkpoint, read_attention_layers
+from ..settings import OPTIONS, Settings
+from .explain import Row, explain
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Question:
+    checkpoint: Checkpoint
+    width: int
+    height: int
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    settings: Settings
+
+    def rows(self) -> list[Row]:
+        return explain(self.layers, self.width, self.height, self.batch, self.dtype, self.device, self.settings)
+
+    @property
+    def layers(self):
+        return [layer for layer in self.checkpoint.layers if self.settings.vae or layer.part == "unet"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a .safetensors file (its header is read)")
+    parser.add_argument("--heads", type=int, help="heads of every U-Net layer, where the file's family does not tell")
+    parser.add_argument("--size", default="512", help="of the image in pixels: 512 or 1024x1536 (default: 512)")
+    parser.add_argument("--batch", type=int, default=1, help="images made at once (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
+    group = parser.add_argument_group("settings")
+    for name, option in OPTIONS.items():
+        if option.choices:
+            group.add_argument(_flag(name), choices=option.choices, default=option.default, help=option.help)
+        elif isinstance(option.default, bool):
+            group.add_argument(_flag(name), choices=("on", "off"), default="on" if option.default else "off")
+        else:
+            group.add_argument(_flag(name), type=int, default=option.default, help=option.help.replace("%", "%%"))
+
+
+def read(arguments: argparse.Namespace) -> Question:
+    """The question that was asked.
+
+    Raises:
+        ValueError: something in it cannot be; the message is a sentence for the user.
+    """
+    values = {name: getattr(arguments, name) for name in OPTIONS}
+    for name, option in OPTIONS.items():
+        if isinstance(option.default, bool):
+            values[name] = values[name] == "on"
+    settings = Settings(**values)
+    if settings.upcast == "web UI":
+        settings = dataclasses.replace(settings, upcast="never")  # there is none to follow
+    width, height = parse_size(arguments.size)
+    try:
+        device = torch.device(arguments.device) if arguments.device else best_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else torch.float32 if device.type == "cpu" else torch.float16
+    checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    if not checkpoint.layers:
+        raise ValueError(f"{checkpoint.family}: no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
+    return Question(checkpoint, width, height, arguments.batch, dtype, device, settings)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "512" or "1024x1536".
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
+    if match is None:
+        raise ValueError(f"size is {text!r}; expected pixels such as 512 or 1024x1536")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    for name in ("xpu", "mps"):
+        backend = getattr(torch, name, None)
+        if backend is not None and getattr(backend, "is_available", lambda: False)():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
