@@ -29,8 +29,8 @@ FARTHEST = 2  # of 255, anywhere
 REFERENCE = "None"
 BROKEN = ("text", "", "64", -1, 10**9, 0.5, True, None, [], {"a": 1}, float("nan"), float("inf"))
 LEGAL = {
-    "query_chunk": (0, 1, 16, 64, 1000, 16384),
-    "kv_chunk": (0, 1, 16, 64, 100, 16384),
+    "query_chunk": (0, 7, 16, 64, 1000, 16384),
+    "kv_chunk": (0, 7, 16, 64, 100, 16384),
     "memory_limit": (1, 20, 70, 100),
 } | {name: option.choices or (True, False) for name, option in OPTIONS.items() if not option.maximum}
 
@@ -135,7 +135,7 @@ def soak(host, rounds: Iterator[int], pause: float = 0.005, seed: int = 0, side:
     sides = range(64, side + 1, 64)
     pool = [
         Request(f"prompt {i}", i, width, height, steps=1 + i % 2)
-        for i, (width, height) in enumerate(itertools.product(sides, sides))
+        for i, (width, height, _) in enumerate(itertools.product(sides, sides, range(2)))
     ]
     host.select(REFERENCE)
     expected = {request: host.generate(request, {}).astype(int) for request in pool}

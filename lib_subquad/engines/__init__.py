@@ -10,7 +10,10 @@
 a mask whose sizes are full or one. Its output is [batch, heads, query chunk, value width] in value's dtype.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+from ..problem import Problem, item_bytes
 
 
 class Sizes(NamedTuple):
@@ -19,3 +22,17 @@ class Sizes(NamedTuple):
     queries: int
     keys: int
     heads: int
+
+
+def call_bytes(problem: Problem, chunk: int, attend_bytes: Callable[[int], int]) -> int:
+    """The most that a call in chunks of `chunk` queries holds at a time beside its output.
+
+    `attend_bytes(queries)` is the most that attending one chunk holds, its result included. A chunk that is all the
+    queries is the output itself; otherwise the output is made when the first result is there, and a result stays until
+    the next one takes its place.
+    """
+    first = attend_bytes(min(chunk, problem.queries)) - problem.output_bytes
+    if chunk >= problem.queries:
+        return first
+    result = problem.batch * problem.heads * chunk * problem.value_width * item_bytes(problem.value_dtype)
+    return max(first, result + attend_bytes(min(chunk, problem.queries - chunk)))

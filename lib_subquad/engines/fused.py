@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..problem import Problem, item_bytes
-from . import Sizes
+from . import Sizes, call_bytes
 
 NAME = "fused"
 
@@ -39,27 +39,37 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    return call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
+
+
+def _attend_bytes(problem: Problem, queries: int) -> int:
     item = item_bytes(problem.upcast_dtype)
     heads = problem.batch * problem.heads
-    rows = heads * sizes.queries
-    total = rows * 4  # the logsumexp
-    if sizes.queries < problem.queries or problem.value_dtype != problem.upcast_dtype:
-        total += rows * problem.value_width * item  # a result that is yet to be put in its place, or cast
+    cast = 0
     if problem.dtype != problem.upcast_dtype:
-        total += (rows + heads * problem.keys) * problem.width * item
+        cast += heads * (queries + problem.keys) * problem.width * item
     if problem.value_dtype != problem.upcast_dtype:
-        total += heads * problem.keys * problem.value_width * item
+        cast += heads * problem.keys * problem.value_width * item
+    mask = 0
     if problem.mask is not None and problem.mask_dtype != problem.upcast_dtype:
         batch, mask_heads, mask_rows, keys = problem.mask
-        total += batch * mask_heads * min(mask_rows, sizes.queries) * keys * item
-    return total + (_cpu_workspace_bytes(problem, sizes) if problem.device.type == "cpu" else 0)
+        mask = batch * mask_heads * min(mask_rows, queries) * keys * item
+    if problem.mask_dtype != torch.bool:
+        cast, mask = cast + mask, 0  # PyTorch itself makes scores of a bool mask, and lets go of them at its end
+    kernel = heads * queries * max(item, 4)  # the logsumexp
+    if problem.device.type == "cpu":
+        kernel += _cpu_kernel_bytes(problem, queries)
+    result = heads * queries * problem.value_width
+    cast_result = result * item_bytes(problem.value_dtype) if problem.value_dtype != problem.upcast_dtype else 0
+    return cast + result * item + max(mask + kernel, cast_result)
 
 
-def _cpu_workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    split = CPU_QUERY_SPLIT if sizes.queries >= 768 else 64 if sizes.queries >= 192 else 32
+def _cpu_kernel_bytes(problem: Problem, queries: int) -> int:
+    split = CPU_QUERY_SPLIT if queries >= 768 else 64 if queries >= 192 else 32
     keys = min(CPU_KEY_SPLIT, problem.keys)
-    thread = split * (keys + problem.value_width + 2) * 4
-    if item_bytes(problem.upcast_dtype) == 2:
+    item = item_bytes(problem.upcast_dtype)
+    thread = split * (keys + problem.value_width + 2) * max(item, 4)
+    if item == 2:
         thread += split * keys * 2  # weights rounded to half
     return torch.get_num_threads() * thread
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..problem import Problem, item_bytes, new_output
-from . import Sizes
+from . import Sizes, call_bytes
 
 NAME = "portable"
 
@@ -36,23 +36,37 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    queries, keys, heads = sizes
-    item = item_bytes(devices.compute_dtype(problem.dtype))
-    row = problem.width + problem.value_width + 4  # scaled query, accumulator, maxima and sums
-    total = heads * queries * (keys + row) * item
-    if problem.dtype != devices.compute_dtype(problem.dtype):
-        total += heads * keys * problem.width * item
-    if problem.value_dtype != devices.compute_dtype(problem.dtype):
-        total += heads * keys * problem.value_width * item
-    if problem.mask is not None and problem.mask_dtype == torch.bool:
-        total += heads * queries * keys // 4  # its inverse
-    chunk = problem.batch * problem.heads * queries
-    total += chunk * item  # the logsumexp
-    if queries < problem.queries:  # a chunk's result before it is put in its place
-        total += chunk * problem.value_width * item_bytes(problem.value_dtype)
-    if problem.grad:
-        total += problem.batch * problem.heads * problem.queries * item  # what the backward pass needs
+    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries)))
+    if problem.grad:  # the logsumexp of all queries
+        total += problem.batch * problem.heads * problem.queries * item_bytes(devices.compute_dtype(problem.dtype))
     return total
+
+
+def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
+    queries, keys, heads = sizes
+    compute = devices.compute_dtype(problem.dtype)
+    # What a group of heads has held stays until the next group has its own: so many heads beside those at work.
+    others = min(heads, problem.heads - heads if problem.heads > heads or problem.batch == 1 else heads)
+    contiguous = devices.rules(problem.device).contiguous
+    converted = problem.dtype != compute or contiguous
+    added = problem.mask is not None and problem.mask_dtype != torch.bool  # the query is scaled before its product
+    query = problem.width if converted or added else 0
+    sums = problem.value_width + 2  # of weighted values; and the maximum and the sum of weights
+    scaling = heads * (query + problem.width * (converted and added)) + others * (query + sums)
+    folding = heads * (query + sums + 2) + others * sums
+    key = problem.width if converted else 0
+    value = problem.value_width if problem.value_dtype != compute or contiguous else 0
+    parts = min(2, -(-problem.keys // keys))  # of keys and values: the last stays until the next has been converted
+    part = parts * heads * keys * (key + value) * item_bytes(compute)
+    if problem.mask is not None and problem.mask_dtype != compute:  # a bool mask is inverted, a float mask converted
+        _, mask_heads, mask_rows, mask_keys = problem.mask
+        tile = min(mask_heads, heads) * min(mask_rows, queries) * min(mask_keys, keys)
+        part += tile * (1 if problem.mask_dtype == torch.bool else item_bytes(compute))
+    scores = heads * queries * keys * item_bytes(compute)
+    row = queries * item_bytes(compute)
+    chunk = problem.batch * problem.heads * queries
+    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + problem.grad * item_bytes(compute))
+    return scores + max(scaling * row, folding * row + part) + result
 
 
 def attend(

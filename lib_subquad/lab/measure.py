@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..layers import cross_attention
-from ..plan import Plan, plan_problem
+from ..plan import plan_problem
 from ..problem import Problem
 from . import meter
 from .peers import Attention, Peer, Unsupported, find
 from .process import Failed, ask, serve
 from .shapes import Shape
 
-MODES = ("attention", "training", "layer")
 PEAKY = 5  # what queries and keys are multiplied by: most weights of the softmax then underflow
 CONTEXT_WIDTH = 768  # of a prompt's tokens, in SD 1
 LONG_SECONDS = 2.0
@@ -91,23 +90,27 @@ def measure(job: Job, timeout: float | None = None) -> Measurement:
 
 def _answer(question: dict) -> dict:
     job = Job(**{**question, "shape": Shape(**question["shape"])})
+    _stay_within_memory(torch.device(job.device))
+    return dataclasses.asdict(_measure_or_reason(job))
+
+
+def _measure_or_reason(job: Job) -> Measurement:
     try:
-        return dataclasses.asdict(_measure(job))
+        return _measure(job)
     except Unsupported as error:
-        return dataclasses.asdict(Measurement(reason=str(error)))
+        return Measurement(reason=str(error))
     except Exception as error:  # a peer may fail in any way: that is its result
         if devices.is_out_of_memory(error):
-            return dataclasses.asdict(Measurement(reason="out of memory"))
+            return Measurement(reason="out of memory")
         first = (str(error).strip().splitlines() or [""])[0]
-        return dataclasses.asdict(Measurement(reason=f"{type(error).__name__}: {first}"))
+        return Measurement(reason=f"{type(error).__name__}: {first}")
 
 
 def _measure(job: Job) -> Measurement:
     problem, peer, device = job.problem(), find(job.peer), torch.device(job.device)
-    _stay_within_memory(device)
     attend = peer.make(problem)
     torch.manual_seed(0)
-    work = {"attention": Inference, "training": Training, "layer": Layer}[job.mode](job, peer, attend)
+    work = WORK[job.mode](job, peer, attend)
     plan = None if peer.settings is None else plan_problem(problem, peer.settings)
     work.small()()
     first, peak = _peak_call(work, device)
@@ -125,12 +128,8 @@ def _measure(job: Job) -> Measurement:
         error=error,
         gradient_error=gradient_error,
         plan="" if plan is None else str(plan),
-        plan_bytes=_planned_bytes(plan),
+        plan_bytes=None if plan is None else plan.workspace_bytes,
     )
-
-
-def _planned_bytes(plan: Plan | None) -> int | None:
-    return None if plan is None else plan.workspace_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------- the work
@@ -174,7 +173,11 @@ class Training(Inference):
     def __call__(self) -> tuple[Tensor, ...]:
         inputs = [tensor.requires_grad_() for tensor in (self.query, self.key, self.value)]
         output = self.attend(*inputs)
-        return (output.detach(), *torch.autograd.grad(output, inputs, self.grad))
+        output.backward(self.grad)  # autograd.grad() is refused by kernels that use torch's older checkpointing
+        gradients = [tensor.grad for tensor in inputs]
+        for tensor in inputs:
+            tensor.grad = None
+        return output.detach(), *gradients
 
     def small(self) -> Callable[[], object]:
         small = super().small()
@@ -248,6 +251,9 @@ def _cross_attention_class() -> type[nn.Module]:
     except ImportError as error:
         raise Unsupported(f"no ldm: pip install stable-diffusion-sdkit --no-deps, and einops ({error})") from error
     return CrossAttention
+
+
+WORK = {"attention": Inference, "training": Training, "layer": Layer}
 
 
 def _inputs(job: Job) -> list[Tensor]:

@@ -122,9 +122,10 @@ def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
         except AssertionError as error:  # --freeze-settings and its kin
             refused.append(str(error))
     told = [f"{options.OPTIONS[name].label}: {before} → {value}" for name, (before, value) in changed.items()]
-    if changed:
+    config = getattr(shared, "config_filename", None)  # the demo keeps none
+    if changed and config:
         try:
-            shared.opts.save(shared.config_filename)
+            shared.opts.save(config)
         except (AssertionError, OSError) as error:
             refused.append(f"not saved to the config file: {error}")
     message = ". ".join([*told, *refused]) or "Nothing to change: these settings are in force already."

@@ -28,7 +28,8 @@ MOVE_SLIDERS = """
     const setter = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value").set;
     const root = typeof gradioApp === "function" ? gradioApp() : document;
     for (const [key, value] of Object.entries(JSON.parse(payload || "{}"))) {
-        for (const input of root.querySelectorAll(`[id="setting_${key}"] input`)) {
+        // not the range: it would round the value to its step
+        for (const input of root.querySelectorAll(`[id="setting_${key}"] input:not([type=range])`)) {
             if (input.type === "radio") {
                 if (input.value === String(value) && !input.checked) input.click();
                 continue;

@@ -1,8 +1,20 @@
-"""An extension of one script, for the demo host to load."""
+"""An extension of one script for the demo host to load, and the demo's page in headless Chromium."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).parents[2]
+SLOW = 120_000  # milliseconds; a test machine may be busy
 
 
 @pytest.fixture
@@ -19,3 +31,48 @@ def extension(host, tmp_path, monkeypatch):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="package")
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--size", "64", "--steps", "2", "--optimizer", "subquad"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    server = subprocess.Popen([sys.executable, "-m", "demo", *options], cwd=ROOT, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert server.poll() is None, "the demo ended before its page was there"
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="package")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as running:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if path is None and not os.path.exists(running.chromium.executable_path):
+            pytest.skip("there is neither a system Chromium nor Playwright's own")
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page()
+    page.set_default_timeout(SLOW)
+    page.goto(address, wait_until="domcontentloaded")
+    page.wait_for_selector("#demo_generate")
+    yield page
+    page.close()

@@ -14,14 +14,20 @@ ROOT = Path(__file__).parents[2]
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, "-m", "demo", *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"})
+        [sys.executable, "-m", "demo", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
 
 
 def test_once_makes_an_image_and_a_line_per_optimizer(tmp_path):
     out = tmp_path / "out.png"
-    done = run("--once", str(out), "--size", "64", "--steps", "1", "--optimizer", "subquad",
-               "--set", "subquad_query_chunk=64")
+    done = run(
+        "--once", str(out), "--size", "64", "--steps", "1", "--optimizer", "subquad", "--set", "subquad_query_chunk=64"
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for name in ("None", "sdp", "subquad"):
@@ -33,15 +39,18 @@ def test_once_makes_an_image_and_a_line_per_optimizer(tmp_path):
     assert lines[-1].startswith(f"{out}: made with subquad")
 
 
-@pytest.mark.parametrize(("args", "says"), [
-    (["--size", "100"], "sides must be multiples of 64"),
-    (["--steps", "0"], "steps is 0"),
-    (["--checkpoint", "missing.safetensors"], "there is no such file"),
-    (["--optimizer", "fastest", "--once", "out.png"], "expected one of Automatic"),
-    (["--set", "nothing=1", "--once", "out.png"], "expected key=value"),
-    (["--set", "upcast_attn=true", "--freeze-settings", "--optimizer", "None"], "changing settings is disabled"),
-    (["--once", "out.jpg"], "must end in .png"),
-])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--size", "100"], "sides must be multiples of 64"),
+        (["--steps", "0"], "steps is 0"),
+        (["--checkpoint", "missing.safetensors"], "there is no such file"),
+        (["--optimizer", "fastest", "--once", "out.png"], "expected one of Automatic"),
+        (["--set", "nothing=1", "--once", "out.png"], "expected key=value"),
+        (["--set", "upcast_attn=true", "--freeze-settings", "--optimizer", "None"], "changing settings is disabled"),
+        (["--once", "out.jpg"], "must end in .png"),
+    ],
+)
 def test_wrong_input_is_one_line(args, says):
     done = run(*args)
     assert done.returncode == 1

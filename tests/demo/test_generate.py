@@ -45,7 +45,8 @@ def test_overrides_hold_from_process_on_and_for_one_image(running):
 
     made = generate("a, b", width=64, height=64, steps=1, override_settings={"upcast_attn": True})
     assert made.infotext == (
-        'a, b\nSteps: 1, Sampler: DDIM, CFG scale: 7.0, Seed: 1, Size: 64x64, Upcast: "False, True"')
+        'a, b\nSteps: 1, Sampler: DDIM, CFG scale: 7.0, Seed: 1, Size: 64x64, Upcast: "False, True"'
+    )
     assert shared.opts.upcast_attn is False
 
 

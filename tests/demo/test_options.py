@@ -7,11 +7,16 @@ import pytest
 def options(host):
     from modules.options import OptionHTML, OptionInfo, Options, options_section
 
-    return Options(options_section(("sec", "Section"), {
-        "number": OptionInfo(3, "Number", component_args={"minimum": 0}).info("help"),
-        "hidden": OptionInfo("x", component_args={"visible": False}),
-        "text": OptionHTML("a paragraph"),
-    }))
+    return Options(
+        options_section(
+            ("sec", "Section"),
+            {
+                "number": OptionInfo(3, "Number", component_args={"minimum": 0}).info("help"),
+                "hidden": OptionInfo("x", component_args={"visible": False}),
+                "text": OptionHTML("a paragraph"),
+            },
+        )
+    )
 
 
 @pytest.fixture
@@ -56,8 +61,10 @@ def test_restricted_settings_stay(options):
     assert options.hidden == "x"
 
 
-@pytest.mark.parametrize(("flag", "value"), [
-    ("freeze_settings", True), ("freeze_settings_in_sections", "other, sec"), ("freeze_specific_settings", "number")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("freeze_settings", True), ("freeze_settings_in_sections", "other, sec"), ("freeze_specific_settings", "number")],
+)
 def test_frozen_settings_raise(options, flags, flag, value):
     flags(flag, value)
     with pytest.raises(AssertionError):

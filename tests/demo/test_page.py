@@ -1,64 +1,5 @@
 """The page, through headless Chromium: move a slider, generate, see the plan's line change."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).parents[2]
-SLOW = 120_000  # milliseconds; a test machine may be busy
-
-
-@pytest.fixture(scope="module")
-def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--port", str(port), "--size", "64", "--steps", "2", "--optimizer", "subquad"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    server = subprocess.Popen([sys.executable, "-m", "demo", *options], cwd=ROOT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert server.poll() is None, "the demo ended before its page was there"
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as running:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not os.path.exists(running.chromium.executable_path):
-            pytest.skip("there is neither a system Chromium nor Playwright's own")
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser, address):
-    page = browser.new_page()
-    page.set_default_timeout(SLOW)
-    page.goto(address, wait_until="domcontentloaded")
-    page.wait_for_selector("#demo_generate")
-    yield page
-    page.close()
-
 
 def text(page, elem_id):
     return page.locator(f"#{elem_id}").last.inner_text()  # gradio 3 gives an HTML block's id to two elements
@@ -67,7 +8,8 @@ def text(page, elem_id):
 def wait_for_text(page, elem_id, part):
     page.wait_for_function(
         "([id, part]) => [...document.querySelectorAll('#' + id)].some(e => e.innerText.includes(part))",
-        arg=[elem_id, part])
+        arg=[elem_id, part],
+    )
 
 
 def set_slider(page, key, label, value):
@@ -83,7 +25,8 @@ def generate(page):
     page.click("#demo_generate")
     page.wait_for_function(
         "before => { const i = document.querySelector('#demo_image img'); return i && i.src && i.src !== before; }",
-        arg=before)
+        arg=before,
+    )
     page.wait_for_function("() => document.querySelector('#demo_infotext textarea').value.includes('Steps: 2')")
     return text(page, "demo_plan")
 
@@ -112,7 +55,8 @@ def test_compare_fills_a_line_per_optimizer(page):
     page.click("#demo_compare")
     page.wait_for_function(
         "() => { const rows = [...document.querySelectorAll('#demo_table tbody tr')];"
-        " return rows.length >= 3 && rows.every(row => row.innerText.includes('MiB')); }")
+        " return rows.length >= 3 && rows.every(row => row.innerText.includes('MiB')); }"
+    )
     names = page.locator("#demo_table tbody tr td:first-child").all_inner_texts()
     assert {"None", "sdp"} <= {name.split()[0] for name in names}
 

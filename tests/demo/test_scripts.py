@@ -31,7 +31,9 @@ def test_load(extension, tmp_path):
     assert module.__name__ not in sys.modules
     registered = script_callbacks.callback_map["callbacks_script_unloaded"]
     assert [(r.script, r.callback, r.name) for r in registered] == [
-        (path, module.two, "door.py/script_unloaded/mine"), (path, module.two, "door.py/script_unloaded/mine-1")]
+        (path, module.two, "door.py/script_unloaded/mine"),
+        (path, module.two, "door.py/script_unloaded/mine-1"),
+    ]
     assert [type(script).__name__ for script in scripts.scripts_txt2img.alwayson_scripts] == ["Mine"]
 
 

@@ -79,7 +79,7 @@ class Wrapper:
 
 @pytest.mark.parametrize("kind", ["cross", "vae", "vae switched off"])
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -105,6 +105,20 @@ def test_a_wrapped_class(subquad, cross, vae, kind, steps):
                 assert patient.factor(forward) in (1, 2)
     finally:
         subquad.select("None")
+
+
+def test_switched_off_for_the_vae_it_leaves_a_wrapper_that_stood_there_in_force(subquad, vae):
+    subquad.opts.data["subquad_vae"] = False
+    guest = Wrapper(type(vae.layer))
+    guest.toggle()
+    subquad.entry.apply()
+    assert vae.factor() == 2
+    subquad.opts.data["subquad_vae"] = True
+    assert vae.factor() == 1
+    subquad.entry.undo()
+    assert vae.factor() == 2
+    guest.toggle()
+    assert vae.factor() == 1
 
 
 def test_hypertile_captures_every_bound_forward_once(subquad, cross):

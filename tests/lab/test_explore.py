@@ -74,9 +74,7 @@ def test_the_pareto_front_holds_what_nothing_beats(made_up_times):
     assert front
     for trial in explored.trials:
         beaten = [
-            other
-            for other in explored.trials
-            if other.seconds < trial.seconds and other.peak_bytes < trial.peak_bytes
+            other for other in explored.trials if other.seconds < trial.seconds and other.peak_bytes < trial.peak_bytes
         ]
         assert not (trial in front and beaten)
 

@@ -1,0 +1,127 @@
+"""`python -m lib_subquad growth`: how workspace and time per score change as the number of tokens doubles.
+
+Scores grow with the square of the tokens; a chunked attention's workspace must not grow at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import cli, tables
+from .bench import command, heading
+from .measure import Job, Measurement, measure
+from .peers import find as find_peer
+from .results import Result, measure_interleaved
+from .shapes import Shape
+
+BASE_TOKENS = 4096  # what time per score is compared with: a 512² image in SD 1.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heads", type=cli.positive, default=16, help="fewer take less time (default: 16)")
+    parser.add_argument("--width", type=cli.positive, default=40, help="of a head (default: 40)")
+    parser.add_argument("--smallest", type=cli.positive, default=1024, metavar="TOKENS", help="default: 1024")
+    parser.add_argument(
+        "--largest", type=cli.positive, default=65536, metavar="TOKENS", help="default: 65536, a 2048² image in SD 1.5"
+    )
+    parser.add_argument("--peers", type=_peers, default=["automatic", "portable"], metavar="A,B")
+    parser.add_argument(
+        "--device", type=cli.device, default="cpu", help="such as cpu, cuda, cuda:1, xpu (default: cpu)"
+    )
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
+    parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds (default: 3)")
+    parser.add_argument(
+        "--timeout", type=cli.positive, default=1800, metavar="SECONDS", help="for one measurement (default: 1800)"
+    )
+    cli.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.smallest > args.largest:
+        raise cli.UserError(f"--smallest {args.smallest} is more than --largest {args.largest}")
+    if args.plot:
+        cli.need("matplotlib", "--plot")
+    shapes = [Shape("", 1, args.heads, tokens, tokens, args.width) for tokens in doubling(args.smallest, args.largest)]
+    before = cli.environment(args.device)
+
+    def measure_one(shape: Shape, peer: str) -> Measurement:
+        return measure(Job(peer, shape, args.dtype, args.device), args.timeout)
+
+    with cli.progress_bar(len(shapes) * len(args.peers) * args.repeats) as progress:
+        results, complete = measure_interleaved(shapes, args.peers, args.repeats, measure_one, progress)
+    record = {
+        "command": command(),
+        **before,
+        "load_after": cli.load(),
+        "dtype": args.dtype,
+        "scores": "normal",
+        "mode": "attention",
+        "results": [result.as_json() for result in results],
+    }
+    load = "" if record["load"] is None else f"Load average {record['load']} before, {record['load_after']} after. "
+    print(heading(record), "", growth_table(results), "", f"{load}`{record['command']}`", sep="\n")
+    if args.json:
+        cli.write_json(args.json, record)
+    if args.plot:
+        from .plot import draw_growth
+
+        title = f"{args.heads} heads × {args.width}, {heading(record)}"
+        draw_growth(results, title).savefig(args.plot)
+    if not complete:
+        print("stopped: the table holds what was measured until then", file=sys.stderr)
+        return 130
+    return 0
+
+
+def doubling(smallest: int, largest: int) -> list[int]:
+    sizes = [smallest]
+    while sizes[-1] * 2 <= largest:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def growth_table(results: Sequence[Result]) -> str:
+    """Peer by peer, the tokens doubling."""
+    notes = any(result.reason for result in results)
+    headings = ["peer", "tokens", "time", "spread", "ns a score", f"beside {BASE_TOKENS}", "workspace", "planned"]
+    rows = []
+    for peer in dict.fromkeys(result.peer for result in results):
+        found = [result for result in results if result.peer == peer]
+        base = next((result for result in found if result.shape.queries == BASE_TOKENS), None)
+        for result in found:
+            first = result is found[0]
+            planned = result.good[0].plan_bytes if result.good else None
+            row = [
+                peer if first else "",
+                f"{result.shape.queries:,}",
+                tables.seconds(result.seconds),
+                tables.spread(result.low, result.high),
+                _number(_nanoseconds(result)),
+                _change(_nanoseconds(result), None if base is None else _nanoseconds(base)),
+                tables.mebibytes(result.workspace_bytes),
+                tables.mebibytes(planned),
+            ]
+            rows.append(row + [tables.short(result.reason)] * notes)
+    return tables.table(headings + ["note"] * notes, rows, left={"peer", "note"})
+
+
+def _nanoseconds(result: Result) -> float | None:
+    return None if result.seconds is None else result.seconds / result.shape.scores * 1e9
+
+
+def _number(value: float | None) -> str:
+    return tables.NOTHING if value is None else f"{value:.3f}"
+
+
+def _change(value: float | None, base: float | None) -> str:
+    return tables.NOTHING if value is None or base is None else f"{(value / base - 1) * 100:+.0f} %"
+
+
+@cli.argument
+def _peers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        find_peer(name)
+    return list(dict.fromkeys(names))

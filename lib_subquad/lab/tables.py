@@ -1,0 +1,53 @@
+"""Tables that read well in a terminal and paste as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from .. import device as devices
+
+NOTHING = "–"
+LONGEST_NOTE = 72
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] = ()) -> str:
+    """A Markdown table with columns of even width: those named in `left` aligned left, the others right."""
+    cells = [[_cell(text) for text in row] for row in (headings, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(headings))]
+    aligned = [str.ljust if heading in left else str.rjust for heading in headings]
+    lines = [[align(text, width) for align, text, width in zip(aligned, row, widths)] for row in cells]
+    rule = ["-" * width if align is str.ljust else "-" * (width - 1) + ":" for align, width in zip(aligned, widths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    if value >= 10:
+        return f"{value:.1f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms"
+
+
+def spread(low: float | None, high: float | None) -> str:
+    return NOTHING if low is None or high is None else f"{seconds(low)} – {seconds(high)}"
+
+
+def ratio(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def mebibytes(value: float | None) -> str:
+    return NOTHING if value is None else f"{value / devices.MIB:.1f} MiB"
+
+
+def error(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1e}"
+
+
+def short(text: str) -> str:
+    """Words for a cell: all of them where they fit."""
+    return text if len(text) <= LONGEST_NOTE else text[: LONGEST_NOTE - 1].rstrip() + "…"

@@ -1,0 +1,86 @@
+"""What an image's infotext says of the settings, and that it brings them back."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from lib_subquad import Plan
+from lib_subquad.settings import OPTIONS
+
+CHANGED = {
+    "subquad_query_chunk": 512,
+    "subquad_kv_chunk": 256,
+    "subquad_memory_limit": 35,
+    "subquad_engine": "portable",
+    "subquad_checkpointing": "never",
+    "subquad_upcast": "always",
+    "subquad_vae": False,
+    "subquad_retry": False,
+}
+
+
+def params(subquad) -> dict:
+    """What the extension adds to a request's parameters."""
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    subquad.infotext.finish_batch(p)
+    return p.extra_generation_params
+
+
+def test_nothing_is_written_while_everything_is_at_its_default(subquad):
+    subquad.select("subquad")
+    assert params(subquad) == {}
+
+
+def test_nothing_is_written_while_another_entry_is_in_force(subquad):
+    subquad.opts.data.update(CHANGED)
+    subquad.select("sdp")
+    assert params(subquad) == {}
+
+
+def test_what_was_changed_is_written_and_restored(subquad):
+    """The host restores by label, casting text to the type of the default: "512" must be an int's own text."""
+    subquad.select("subquad")
+    assert len(CHANGED) == len(OPTIONS)
+    subquad.opts.data.update(CHANGED)
+    written = params(subquad)
+    labels = {info.infotext: key for key, info in subquad.opts.data_labels.items() if info.infotext}
+    restored = {labels[label]: subquad.opts.cast_value(labels[label], str(text)) for label, text in written.items()}
+    assert restored == CHANGED
+    assert [type(value) for value in restored.values()] == [type(CHANGED[key]) for key in restored]
+
+
+@pytest.mark.parametrize(("value", "written"), [("many", {}), (512.0, {"Subquad query chunk": 512}), (-3, {})])
+def test_a_broken_value_is_written_as_it_was_used(subquad, value, written):
+    subquad.select("subquad")
+    subquad.opts.data["subquad_query_chunk"] = value
+    assert str(params(subquad)) == str(written)
+
+
+def test_retries_are_written(subquad):
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    for retries in (0, 2, 1):
+        subquad.status.record(Plan("portable", 64, 64, 1, 1000, retries=retries))
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Subquad retries": 3}
+    assert params(subquad) == {}  # the next image's own
+
+
+def test_in_a_real_image(host, monkeypatch):
+    host.start(optimizer="subquad")
+    from modules import shared
+
+    from demo.generate import generate
+
+    shared.opts.set("subquad_query_chunk", 32)
+    text = generate("a house", 1, 64, 64, 1, override_settings={"subquad_engine": "portable"}).infotext
+    assert re.search(r"Subquad query chunk: 32, Subquad engine: portable$", text)
+    assert "Subquad engine" not in generate("a house", 1, 64, 64, 1).infotext
+    from lib_subquad.webui import status
+
+    assert "fused, 32 x 64 tokens" in status.summary()

@@ -1,0 +1,318 @@
+"""The parts of the benchmark that need no process of their own: shapes, peers, measuring, summing up."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+
+from lib_subquad.lab import bench, growth, measure, peers, plot, results, tables
+from lib_subquad.lab.measure import Job, Measurement
+from lib_subquad.lab.results import Result
+from lib_subquad.lab.shapes import DEFAULT, Shape, parse_shape
+from lib_subquad.problem import Problem
+
+SMALL = Shape("", 2, 2, 70, 50, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_the_default_shapes_are_those_of_the_design():
+    assert [parse_shape(name).sizes for name in DEFAULT] == [
+        "16×4096×40",
+        "20×4096×64",
+        "1×16384×512",
+        "16×16384×40",
+        "16×4096×77×40",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sd21-768", Shape("SD 2.1 768²", 2, 5, 9216, 9216, 64)),
+        ("vae-2048", Shape("VAE 2048²", 1, 1, 65536, 65536, 512)),
+        ("SDXL-1024-cross231", Shape("SDXL 1024² cross", 2, 10, 4096, 231, 64)),
+        ("1,2,3,4,5", Shape("", 1, 2, 3, 4, 5)),
+    ],
+)
+def test_a_shape_is_named_or_given_in_numbers(text, expected):
+    assert parse_shape(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "sd3-512", "sd15", "sd15-500", "sd15-0", "sd15-99968", "vae-512-cross77", "sd15-512-cross0"]
+)
+def test_a_name_that_is_no_shape_is_shown_what_was_expected(text):
+    with pytest.raises(ValueError, match="expected"):
+        parse_shape(text)
+
+
+@pytest.mark.parametrize("text", ["1,2,3,4", "1,2,3,4,0", "1,2,3,4,x", "1,2,3,4,5,6", "1,2,-3,4,5", ","])
+def test_numbers_that_are_no_shape_are_shown_what_was_expected(text):
+    with pytest.raises(ValueError, match="five whole numbers"):
+        parse_shape(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- peers
+
+
+def small_problem(**changes) -> Problem:
+    query, key = (2, 2, 70, 16), (2, 2, 50, 16)
+    return Problem.from_shapes(query, key, changes.pop("value", key), torch.float32, "cpu", **changes)
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_every_peer_is_exact(name):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 2, 70, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16)
+    weights = (query.double() @ key.double().transpose(2, 3) / 4).softmax(-1)
+    try:
+        attend = peers.find(name).make(small_problem())
+        with torch.no_grad():
+            output = attend(query, key, value)
+    except (peers.Unsupported, NotImplementedError) as error:  # xFormers knows no CPU
+        pytest.skip(str(error))
+    torch.testing.assert_close(output.double(), weights @ value.double(), atol=2e-6, rtol=0)
+
+
+def test_fused_says_why_it_cannot():
+    with pytest.raises(peers.Unsupported, match="no fused kernel"):
+        peers.find("fused").make(small_problem(value=(2, 2, 50, 24)))
+
+
+@pytest.mark.parametrize("name", ["sdpa-math", "diffusers-sliced"])
+def test_a_peer_that_would_fill_the_memory_is_refused(name, monkeypatch):
+    if name.startswith("diffusers"):
+        pytest.importorskip("diffusers")
+    monkeypatch.setattr(peers.devices, "free_bytes", lambda device: 1000)
+    with pytest.raises(peers.Unsupported, match="GiB are free"):
+        peers.find(name).make(small_problem())
+
+
+@pytest.mark.parametrize("module", ["memory_efficient_attention", "diffusers", "xformers"])
+def test_a_peer_that_is_not_installed_says_how_to_get_it(module, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peer = {"memory_efficient_attention": "memory-efficient-attention", "diffusers": "diffusers-sliced"}
+    with pytest.raises(peers.Unsupported, match="pip install"):
+        peers.find(peer.get(module, module)).make(small_problem())
+
+
+def test_a_peer_of_that_name_does_not_exist():
+    with pytest.raises(ValueError, match="expected one of sdpa, automatic"):
+        peers.find("flash")
+    with pytest.raises(ValueError, match="no such file"):
+        peers.find("nowhere/kernel.py")
+
+
+def peer_file(tmp_path, text: str) -> str:
+    path = tmp_path / "kernel.py"
+    path.write_text("import torch\n" + text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_is_called_as_the_web_ui_calls_its_own(tmp_path):
+    text = """
+calls = []
+def efficient_dot_product_attention(query, key, value, query_chunk_size=1024, use_checkpoint=True):
+    assert query.shape == (4, 70, 16) and key.shape == value.shape == (4, 50, 16)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value) + use_checkpoint
+"""
+    peer = peers.find(peer_file(tmp_path, text))
+    query, key = torch.randn(2, 2, 70, 16), torch.randn(2, 2, 50, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    assert peer.name == "kernel"
+    torch.testing.assert_close(peer.make(small_problem())(query, key, key), expected)
+    torch.testing.assert_close(peer.make(small_problem(grad=True))(query, key, key), expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "has no function"), ("import nothing_of_this_name", "ModuleNotFoundError"), ("(", "Syntax")],
+)
+def test_a_file_that_is_no_peer_says_why(tmp_path, text, reason):
+    with pytest.raises(peers.Unsupported, match=reason):
+        peers.find(peer_file(tmp_path, text)).make(small_problem())
+
+
+# --------------------------------------------------------------------------------------------------- one measurement
+
+
+@pytest.mark.parametrize("mode", ["attention", "training", "layer"])
+@pytest.mark.parametrize("scores", ["normal", "peaky"])
+@pytest.mark.parametrize("peer", ["sdpa", "automatic", "portable"])
+def test_errors_are_those_of_float32(mode, scores, peer):
+    if mode == "layer":
+        pytest.importorskip("ldm")
+    found = measure._measure_or_reason(Job(peer, SMALL, mode=mode, scores=scores))
+    assert found.reason == "" and found.calls >= 1 and found.seconds > 0
+    assert 0 < found.error < 1e-4
+    assert (found.gradient_error is not None) == (mode == "training")
+    assert found.gradient_error is None or 0 < found.gradient_error < 1e-3
+    assert found.result_bytes == 2 * 2 * 70 * 16 * 4
+    assert (found.plan_bytes is None) == (peer == "sdpa")
+
+
+@pytest.mark.parametrize("mode", ["attention", "training"])
+def test_a_wrong_peer_is_found_out(mode, tmp_path):
+    text = "def efficient_dot_product_attention(query, key, value):\n    return query * value.mean()"
+    found = measure._measure_or_reason(Job(peer_file(tmp_path, text), SMALL, mode=mode))
+    assert found.error > 0.1
+    assert found.gradient_error is None or found.gradient_error > 0.01
+
+
+def test_the_layer_looks_at_itself_where_queries_and_keys_are_as_many():
+    pytest.importorskip("ldm")
+    found = measure._measure_or_reason(Job("automatic", Shape("", 1, 2, 64, 64, 8), mode="layer"))
+    assert 0 < found.error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise RuntimeError('first line\\nsecond')", "RuntimeError: first line"),
+        ("raise RuntimeError('not enough memory: you tried')", "out of memory"),
+        ("raise MemoryError", "out of memory"),
+    ],
+)
+def test_a_peer_that_fails_gives_a_reason(tmp_path, body, reason):
+    text = f"def efficient_dot_product_attention(query, key, value):\n    {body}"
+    assert measure._measure_or_reason(Job(peer_file(tmp_path, text), SMALL)) == Measurement(reason=reason)
+
+
+def test_sampled_memory_sees_a_peak_that_is_gone():
+    pytest.importorskip("psutil")
+
+    def call() -> None:
+        block = torch.ones(16 << 20)
+        for _ in range(40):
+            block += 1
+
+    assert measure._sampled_peak(call) >= 48 << 20
+
+
+# -------------------------------------------------------------------------------------------------- many measurements
+
+
+def result(peer: str, *seconds: float, shape: Shape = SMALL, peak: int | None = 1 << 20) -> Result:
+    return Result(shape, peer, [Measurement(value, 3, peak, 1 << 19, 1e-7) for value in seconds])
+
+
+def test_ratios_are_taken_round_by_round():
+    # The machine was three times as slow in the second round: that says nothing about either peer.
+    ours, theirs = result("ours", 2.0, 6.0, 2.2), result("theirs", 1.0, 3.0, 1.0)
+    assert ours.ratio_to(theirs) == 2.0
+    assert (ours.seconds, ours.low, ours.high) == (2.2, 2.0, 6.0)
+    assert ours.ratio_to(None) is None
+
+
+def test_rounds_that_failed_count_for_nothing():
+    ours = result("ours", 2.0, 4.0)
+    ours.rounds[1] = Measurement(reason="took longer than 5 s")
+    assert (ours.seconds, ours.reason, ours.ratio_to(result("theirs", 1.0, 1.0))) == (2.0, "", 2.0)
+    ours.rounds[0] = None
+    assert (ours.seconds, ours.reason) == (None, "took longer than 5 s")
+    assert ours.ratio_to(result("theirs", 1.0, 1.0)) is None
+    assert Result(SMALL, "ours").reason == "not measured"
+
+
+def test_workspace_is_the_peak_without_the_result():
+    assert result("ours", 1.0).workspace_bytes == 1 << 19
+    assert result("ours", 1.0, peak=None).workspace_bytes is None
+    assert result("ours", 1.0, peak=None).memory_ratio_to(result("theirs", 1.0)) is None
+
+
+def test_an_error_that_is_no_number_is_the_worst():
+    ours = result("ours", 1.0, 1.0, 1.0)
+    ours.rounds[1] = Measurement(1.0, 1, None, 0, math.nan)
+    assert math.isnan(ours.error)
+
+
+def test_rounds_alternate_and_a_peer_that_cannot_is_asked_once():
+    asked, shown = [], []
+
+    def measure_one(shape: Shape, peer: str) -> Measurement:
+        asked.append(peer)
+        return Measurement(reason="cannot") if peer == "b" else Measurement(1.0)
+
+    found, complete = results.measure_interleaved([SMALL], ["a", "b", "c"], 3, measure_one, shown.append, str.upper)
+    assert asked == ["a", "b", "c", "c", "a", "a", "c"]
+    assert complete and [one.peer for one in found] == ["A", "B", "C"]
+    assert shown.count(None) == 9  # what is left out counts as done
+    assert found[1].reason == "cannot"
+
+
+def test_stopping_keeps_what_was_measured():
+    def measure_one(shape: Shape, peer: str) -> Measurement:
+        if peer == "b":
+            raise KeyboardInterrupt
+        return Measurement(1.0)
+
+    found, complete = results.measure_interleaved([SMALL, SMALL], ["a", "b"], 2, measure_one, lambda what: None)
+    assert not complete
+    assert [one.seconds for one in found] == [1.0, None, None, None]
+    assert "not measured" in bench.main_table(found, ["a"])
+
+
+# ------------------------------------------------------------------------------------------------- tables and pictures
+
+
+def test_a_table_is_aligned_and_is_markdown():
+    text = tables.table(["peer", "time"], [["a|b", "1"], ["c", "22 ms"]], left={"peer"})
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1] == "| ---- | ----: |"
+    assert "a\\|b" in lines[2] and lines[3] == "| c    | 22 ms |"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0.00123, "1.2 ms"), (0.414, "414 ms"), (7.261, "7.26 s"), (24.66, "24.7 s")]
+)
+def test_times_in_words(value, text):
+    assert tables.seconds(value) == text
+
+
+def test_the_report_compares_shape_by_shape_and_over_all():
+    other = Shape("SD", 1, 1, 64, 64, 8)
+    found = [result("sdpa", 1.0), result("ours", 2.0, peak=2 << 20)]
+    found += [result("sdpa", 1.0, shape=other), result("ours", 8.0, shape=other)]
+    record = {"mode": "attention", "dtype": "float32", "scores": "peaky", "device": "a device", "threads": 2}
+    record |= {"torch": "2.13", "repeats": 1, "load": 1.5, "load_after": 2.5, "command": "python -m lib_subquad bench"}
+    text = bench.report(record, found, ["sdpa"])
+    assert "peaky scores; a device, 2 threads, torch 2.13" in text
+    assert "Load average 1.5 before, 2.5 after" in text and "python -m lib_subquad bench" in text
+    summary = text[text.index("all shapes") :]
+    assert "| ours       |         4.00 |  8.00 |                 2.00 |" in summary
+
+
+def test_a_long_reason_is_cut_in_the_table():
+    failed = Result(SMALL, "ours", [Measurement(reason="because " * 50)])
+    text = bench.main_table([failed], ["sdpa"])
+    assert "because …" in text and max(map(len, text.splitlines())) < 250
+
+
+def growth_results() -> list[Result]:
+    shapes = [Shape("", 1, 2, tokens, tokens, 8) for tokens in growth.doubling(1024, 8192)]
+    found = [result("automatic", shape.scores * 1e-9, shape=shape) for shape in shapes]
+    return found + [Result(shape, "portable", [Measurement(reason="cannot")]) for shape in shapes]
+
+
+def test_growth_is_told_as_time_a_score():
+    text = growth.growth_table(growth_results())
+    row = next(line for line in text.splitlines() if "8,192" in line)
+    assert "1.000" in row and "+0 %" in row and "0.5 MiB" in row and "cannot" in text
+    assert growth.doubling(1000, 7000) == [1000, 2000, 4000]
+
+
+def test_pictures_are_drawn_whatever_is_missing(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [result("sdpa", 1.0, 2.0, 3.0), result("ours", 2.0, peak=None), Result(SMALL, "theirs")]
+    plot.draw_bench(found, "title").savefig(tmp_path / "bench.png")
+    plot.draw_growth(growth_results(), "title").savefig(tmp_path / "growth.png")
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("bench.png", "growth.png"))
