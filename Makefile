@@ -2,7 +2,6 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 GRADIO ?= 3.41
-NUMPY ?=
 VENV ?= .venv
 ARGS ?=
 
@@ -21,7 +20,7 @@ test: $(READY) lint
 # What development uses; what the web UI pins, so what users run; and what Forge runs.
 test-all:
 	$(MAKE) test
-	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2 NUMPY=numpy==1.26.2
+	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2
 	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
 
 lint: $(READY)
@@ -31,7 +30,7 @@ lint: $(READY)
 
 $(READY): requirements/demo.txt requirements/test.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) $(NUMPY) -r requirements/test.txt -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) -r requirements/test.txt -c $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps stable-diffusion-sdkit==2.1.5
 	touch $(READY)
 

@@ -53,7 +53,8 @@ def attention(
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
     with devices.without_autocast(query.device):
         chunks = Chunks(problem, plan_for(problem, settings), settings)
-        if problem.grad and chunks.plan.engine == "portable" and settings.checkpointing != "never":
+        keep_scores = settings.checkpointing == "never" and devices.rules(query.device).keeps_scores
+        if problem.grad and chunks.plan.engine == "portable" and not keep_scores:
             output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
         else:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)

@@ -78,7 +78,7 @@ def _gradients(
     for index in head_groups(*query.shape[:2], sizes.heads):
         for start in range(0, query.shape[2], sizes.queries):
             rows = (*index, slice(start, start + sizes.queries))
-            queries, grads = scaled(query[rows], scale), grad_output[rows].to(compute)
+            queries, grads = scaled(query[rows], scale), scaled(grad_output[rows], 1.0)
             row_sums = (grads * output[rows]).sum(-1, keepdim=True)
             # A row that attended to nothing has weights of zero, whatever its scores: +inf in place of -inf.
             normaliser = logsumexp[rows].masked_fill(logsumexp[rows] == -math.inf, math.inf)

@@ -9,7 +9,6 @@ import contextlib
 import os
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import ContextManager
 
 import torch
 
@@ -34,6 +33,11 @@ class Rules:
     tile_bytes: int = 128 * MIB
     kv_tile: int = 4096
     lazy_maximum: bool = False
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether scores may be kept for the backward pass, which makes one tensor of all heads and keys."""
+        return self.largest_bytes is None
 
 
 RULES = {
@@ -236,7 +240,7 @@ def release_cached(device: torch.device) -> None:
             cache[device.type].empty_cache()
 
 
-def without_autocast(device: torch.device) -> ContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast off on `device`; operators then run in the dtypes they are given.
 
     Under autocast a plain `bmm` is cast to half but `bmm(out=)` is not, so a kernel that mixes them fails.

@@ -151,8 +151,8 @@ def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:
     rules = devices.rules(problem.device)
     scores = rules.tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
     keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
-    heads = min(FEWEST_HEADS, problem.heads)
-    rows = min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries)
+    heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
+    rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
     heads = max(heads, min(problem.heads, scores // (keys * rows)))
     return Sizes(rows, keys, heads)
 

@@ -73,7 +73,7 @@ class Problem:
         query_shape, key_shape, value_shape = tuple(query_shape), tuple(key_shape), tuple(value_shape)
         value_dtype = value_dtype or dtype
         _check_shapes(query_shape, key_shape, value_shape)
-        _check_dtypes(dtype, value_dtype)
+        _check_dtypes(query_shape, dtype, value_shape, value_dtype)
         if mask_shape is not None:
             mask_shape = _mask_sizes(tuple(mask_shape), mask_dtype, (*query_shape[:-1], key_shape[-2]))
         batch, heads = _leading(query_shape)
@@ -133,7 +133,8 @@ def with_four_dimensions(tensor: Tensor) -> Tensor:
 
 def mask_with_four_dimensions(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
     """A mask that broadcasts to [*leading, queries, keys] in four dimensions, each full or one."""
-    if mask.dim() > 4 and any(size != 1 for size in mask.shape[:-3]):
+    mask = mask[(None,) * (len(leading) + 2 - mask.dim())]
+    if len(leading) > 2 and any(size != 1 for size in mask.shape[:-3]):
         mask = mask.expand(*leading[:-1], *mask.shape[-3:])
     return with_four_dimensions(mask)
 
@@ -188,14 +189,15 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
         raise ValueError(f"value has shape {_sizes(value)}; expected {key[-2]} tokens, one for each key")
 
 
-def _check_dtypes(dtype: torch.dtype, value_dtype: torch.dtype) -> None:
-    for name, given in (("query", dtype), ("value", value_dtype)):
+def _check_dtypes(query: tuple[int, ...], dtype: torch.dtype, value: tuple[int, ...], value_dtype: torch.dtype) -> None:
+    for name, shape, given in (("query", query, dtype), ("value", value, value_dtype)):
         if given not in FLOAT_DTYPES:
-            raise ValueError(f"{name} is {given}; expected float16, bfloat16, float32 or float64")
+            raise ValueError(f"{name} {_sizes(shape)} is {given}; expected float16, bfloat16, float32 or float64")
     # The one mixture that a web UI makes: queries and keys upcast, values as the weights are.
     if value_dtype != dtype and not (dtype == torch.float32 and value_dtype in HALF_DTYPES):
         raise ValueError(
-            f"value is {value_dtype}; expected {dtype}, the dtype of query, or half beside float32 queries"
+            f"value {_sizes(value)} is {value_dtype}; expected {dtype}, the dtype of query, "
+            "or half beside float32 queries"
         )
 
 

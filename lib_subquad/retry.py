@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 from . import device as devices
 from .engines import Sizes, fused, portable
@@ -13,7 +14,8 @@ from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, plan_probl
 from .problem import Problem
 from .settings import Settings
 
-log = logging.getLogger("subquad")
+# Once a process: the fifty layers of a step tell the same story, and each image's infotext has it.
+warn_once = cache(logging.getLogger("subquad").warning)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
@@ -34,8 +36,9 @@ def plan_for(problem: Problem, settings: Settings) -> Plan:
 
 
 def forget() -> None:
-    """Forget every size that was found to fit."""
+    """Forget every size that was found to fit, and that it was logged."""
     _remembered.clear()
+    warn_once.cache_clear()
 
 
 class Attempts:
@@ -73,8 +76,7 @@ class Attempts:
         self._remember()
 
     def _remember(self) -> None:
-        if self.plan.retries == 1:
-            log.warning("[subquad] out of memory: going on with smaller chunks")
+        warn_once("[subquad] out of memory: going on with smaller chunks")
         free = devices.free_bytes(self.problem.device)
         _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
 
@@ -90,9 +92,9 @@ class Attempts:
 class Chunks(Attempts):
     """The query chunks of a call, as slices; one that runs out of memory comes again in smaller pieces.
 
-        for rows in chunks:
-            with chunks.attempt():
-                ...  # results of earlier chunks stay
+    for rows in chunks:
+        with chunks.attempt():
+            ...  # results of earlier chunks stay
     """
 
     def __iter__(self) -> Iterator[slice]:

@@ -45,9 +45,9 @@ class Option:
 
     def nearest(self, value: Any) -> Any:
         """The acceptable value closest to `value`, whatever its type; the default where nothing is close."""
-        if self.accepts(value):
-            return value
         try:
+            if self.accepts(value):
+                return value
             if self.choices:
                 wanted = str(value).strip().casefold()
                 return next((choice for choice in self.choices if choice.casefold() == wanted), self.default)
@@ -157,7 +157,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not OPTIONS[field.name].accepts(value):
-                raise ValueError(f"{field.name} is {value!r}; expected {OPTIONS[field.name].expected}")
+                raise ValueError(f"{field.name} is {shown(value)}; expected {OPTIONS[field.name].expected}")
 
     @classmethod
     def nearest(cls, values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -177,9 +177,11 @@ class Settings:
 
 def _same(value: Any, legal: Any) -> bool:
     """Whether nothing was changed but a number's type: gradio and JSON give 512.0 for 512."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not isinstance(legal, str):
-        return value == legal
-    return type(value) is type(legal) and value == legal
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not isinstance(legal, str)
+    try:
+        return (number or type(value) is type(legal)) and bool(value == legal)
+    except Exception:  # a value that cannot even be compared
+        return False
 
 
 def shown(value: Any) -> str:

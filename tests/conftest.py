@@ -1,4 +1,4 @@
-"""The demo host, brought up for a test and cleared away after it."""
+"""What several test files need: attention in float64, a meter of memory, and the demo host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import sys
 
 import pytest
+import torch
 
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
 BOUND = (
@@ -20,6 +21,39 @@ BOUND = (
     "demo.page",
     "demo.settings_panel",
 )
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """attention() in float64, written as its definition."""
+    return attention_in_float64
+
+
+@pytest.fixture(scope="session")
+def peak_bytes():
+    """peak_bytes(call): the most bytes that a call holds at a time on the CPU, by PyTorch's own count."""
+    return most_bytes_held
+
+
+def attention_in_float64(query, key, value, mask=None, scale=None):
+    query, key, value = query.double(), key.double(), value.double()
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0) @ value
+
+
+def most_bytes_held(call) -> int:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        result = call()
+    held = most = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":  # one for each allocation, and one, negative, for each that is freed
+            held += event.nbytes()
+            most = max(most, held)
+    del result
+    return most
 
 
 @pytest.fixture

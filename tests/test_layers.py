@@ -144,6 +144,10 @@ def test_attn_block_is_ldms(settings, channels, memory_format):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision(settings, dtype):
+    try:
+        nn.Linear(2, 2).to(dtype)(torch.ones(1, 2, dtype=dtype))
+    except RuntimeError as error:
+        pytest.skip(f"this PyTorch has no linear layer in {dtype} on the CPU: {error}")
     layer, x, context = sharp(cross_layer(24)), torch.randn(2, 17, 32), torch.randn(2, 12, 24)
     output = cross_attention(copy.deepcopy(layer).to(dtype), x.to(dtype), context.to(dtype), settings=settings)
     assert output.dtype == dtype
@@ -171,12 +175,12 @@ def test_one_projection_in_float32_among_half(settings, patched, upcast):
 
     settings = Settings(**{**vars(settings), "upcast": upcast})
     layer, x = sharp(cross_layer()), torch.randn(2, 17, 32)
-    expected, layer = layer(x), layer.half()
+    expected, layer = layer(x), layer.bfloat16()
     linear = Float32(32, 32, bias=False)
     linear.load_state_dict(getattr(layer, patched).float().state_dict())
     setattr(layer, patched, linear)
-    output = cross_attention(layer, x.half(), settings=settings)
-    close(output.float(), expected, atol=8e-3, rtol=4e-3)
+    output = cross_attention(layer, x.bfloat16(), settings=settings)
+    close(output.float(), expected, atol=6e-2, rtol=3e-2)
 
 
 def test_split_context_feeds_keys_and_values(settings):

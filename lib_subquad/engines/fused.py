@@ -35,7 +35,10 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if problem.mask is not None and not _masks_are_right():
         reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
-    return reasons or list(_kernel_reasons(problem, _switches()))
+    try:
+        return reasons or list(_kernel_reasons(problem, _switches()))
+    except Exception as error:  # a private operator: whatever it says, the portable engine can go on
+        return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -115,17 +118,17 @@ def _switches() -> tuple[bool, ...]:
 
 @lru_cache(maxsize=1024)
 def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
-    """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused."""
-    try:
-        query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
-        value = _probe(problem, problem.keys, problem.value_width)
-        mask = None
-        if problem.mask is not None:
-            mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
-            mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
-        choice = torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
-    except Exception as error:  # a private operator: whatever it says, the portable engine can go on
-        return (f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})",)
+    """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused.
+
+    An exception, such as an out-of-memory, is no answer to remember.
+    """
+    query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
+    value = _probe(problem, problem.keys, problem.value_width)
+    mask = None
+    if problem.mask is not None:
+        mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
+        mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
+    choice = torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
     if choice != MATH_KERNEL:
         return ()
     sizes = f"{str(problem.upcast_dtype).removeprefix('torch.')}, heads {problem.width} wide"

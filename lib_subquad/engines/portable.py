@@ -23,8 +23,6 @@ LOG2_E = math.log2(math.e)
 # Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
 # twenty times as long.
 SMALLEST_EXPONENT = -100.0
-# Stands in for the maximum of a row whose every key so far is masked: finite, so that -inf minus it is no NaN.
-NO_MAXIMUM = -1e30
 # A sum of weights this large says that the maximum assumed for a part was far too small.
 LARGEST_SUM = 1e18
 
@@ -56,8 +54,8 @@ def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
     folding = heads * (query + sums + 2) + others * sums
     key = problem.width if converted else 0
     value = problem.value_width if problem.value_dtype != compute or contiguous else 0
-    parts = min(2, -(-problem.keys // keys))  # of keys and values: the last stays until the next has been converted
-    part = parts * heads * keys * (key + value) * item_bytes(compute)
+    both = min(2 * keys, problem.keys)  # the keys and values of a part stay until the next part's are converted
+    part = heads * both * (key + value) * item_bytes(compute)
     if problem.mask is not None and problem.mask_dtype != compute:  # a bool mask is inverted, a float mask converted
         _, mask_heads, mask_rows, mask_keys = problem.mask
         tile = min(mask_heads, heads) * min(mask_rows, queries) * min(mask_keys, keys)
@@ -129,7 +127,9 @@ def fold(
                 continue
             lazy = False
         score(query, key, mask, scores)
-        highest = scores.amax(-1, keepdim=True).clamp_(min=NO_MAXIMUM)
+        # A row whose every key so far is masked has a finite maximum too, so that -inf minus it is no NaN. The lowest
+        # that there is: a mask of finfo.min on every key leaves their mean, as it does with PyTorch's attention.
+        highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
         if maximum is None:
             maximum = highest
             lazy = lazy and bool((scores.amin() - maximum.amax()) * (scale * LOG2_E) > SMALLEST_EXPONENT)
@@ -167,7 +167,7 @@ def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Te
     if mask is not None and mask.dtype == torch.bool:
         scores.masked_fill_(mask.logical_not(), -math.inf)
     elif mask is not None:
-        scores.add_(mask)
+        scores.add_(mask.to(scores.dtype))  # a wider mask would make a wider copy of all scores
     return scores
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="peaky: queries and keys five times as large, so that most weights underflow",
     )
     parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds (default: 5)")
+    cli.add_machine_arguments(parser)
     parser.add_argument(
         "--timeout", type=cli.positive, default=600, metavar="SECONDS", help="for one measurement (default: 600)"
     )
@@ -102,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             defaults = LAYER_SHAPES if args.layer else DEFAULT
             captured = dict.fromkeys(args.shape or map(parse_shape, defaults))
-        before = cli.environment(args.device)
+        before = cli.environment(args.device, args.threads)
         results, complete = _measure_all(args, captured, peers)
     record = {
         "command": command(),
         **before,
+        "others": others(results),
         "load_after": cli.load(),
         **{name: getattr(args, name) for name in ("dtype", "scores", "repeats")},
         "mode": _mode(args),
@@ -129,8 +132,9 @@ def _measure_all(
     args: argparse.Namespace, captured: dict[Shape, str | None], peers: Sequence[str]
 ) -> tuple[list[Result], bool]:
     def measure_one(shape: Shape, peer: str) -> Measurement:
-        job = Job(peer, shape, args.dtype, args.device, args.scores, _mode(args), captured[shape])
-        return measure(job, args.timeout)
+        mode, file = _mode(args), captured[shape]
+        job = Job(peer, shape, args.dtype, args.device, args.scores, mode, file, args.threads)
+        return measure(job, args.timeout, None if args.calm is None else args.calm / 100)
 
     with cli.progress_bar(len(captured) * len(peers) * args.repeats) as progress:
         return measure_interleaved(
@@ -176,7 +180,7 @@ def heading(record: dict) -> str:
     parts = [what[record["mode"]], record["dtype"]]
     if record["scores"] != "normal":
         parts.append(f"{record['scores']} scores")
-    threads = f", {record['threads']} threads" if record["threads"] else ""
+    threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["threads"] else ""
     return f"{', '.join(parts)}; {record['device']}{threads}, torch {record['torch']}"
 
 
@@ -232,9 +236,26 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
 
 
 def _legend(record: dict) -> str:
-    load = "" if record["load"] is None else f" Load average {record['load']} before, {record['load_after']} after."
+    load = busyness(record)
     return (
         f"time: median of {record['repeats']} processes, spread: their least and most; ratios: medians of each round's "
         "own; peak memory: beside the inputs, result included; error: the largest absolute one of a sample of rows "
         f"against float64.{load}"
+    )
+
+
+def others(results: Sequence[Result]) -> list[float] | None:
+    """The least, median and largest share of the processors that other programs took during a measurement."""
+    shares = [found.others for result in results for found in result.good if found.others is not None]
+    return [min(shares), statistics.median(shares), max(shares)] if shares else None
+
+
+def busyness(record: dict) -> str:
+    """What else the machine was doing, in words."""
+    if record["threads"] is None or record["others"] is None:
+        return ""
+    least, median, most = (f"{share:.0%}" for share in record["others"])
+    return (
+        f" Other programs took {least} to {most} of the processors during a measurement ({median} in the median); load "
+        f"average {record['load']} before, {record['load_after']} after."
     )

@@ -50,6 +50,16 @@ def device(text: str) -> str:
     return text
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the processor (default: torch's choice)")
+    parser.add_argument(
+        "--calm",
+        type=positive,
+        metavar="PERCENT",
+        help="measure again, up to ten times, while other programs take more than this of the processors",
+    )
+
+
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", type=output_file, help="write every measurement to a file")
     parser.add_argument("--plot", metavar="FILE.png", type=output_file, help="draw a picture (needs matplotlib)")
@@ -94,11 +104,11 @@ def progress_bar(total: int) -> Iterator[Callable[[str | None], None]]:
         yield lambda what: bar.update() if what is None else bar.set_description(what)
 
 
-def environment(device: str) -> dict[str, object]:
+def environment(device: str, threads: int | None = None) -> dict[str, object]:
     """What a measurement depends on beside its arguments."""
     return {
         "device": device_name(device),
-        "threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
+        "threads": (threads or torch.get_num_threads()) if torch.device(device).type == "cpu" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),

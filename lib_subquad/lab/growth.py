@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from . import cli, tables
-from .bench import command, heading
+from .bench import busyness, command, heading, others
 from .measure import Job, Measurement, measure
 from .peers import find as find_peer
 from .results import Result, measure_interleaved
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
     parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds (default: 3)")
+    cli.add_machine_arguments(parser)
     parser.add_argument(
         "--timeout", type=cli.positive, default=1800, metavar="SECONDS", help="for one measurement (default: 1800)"
     )
@@ -44,24 +45,25 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         cli.need("matplotlib", "--plot")
     shapes = [Shape("", 1, args.heads, tokens, tokens, args.width) for tokens in doubling(args.smallest, args.largest)]
-    before = cli.environment(args.device)
+    before = cli.environment(args.device, args.threads)
 
     def measure_one(shape: Shape, peer: str) -> Measurement:
-        return measure(Job(peer, shape, args.dtype, args.device), args.timeout)
+        job = Job(peer, shape, args.dtype, args.device, threads=args.threads)
+        return measure(job, args.timeout, None if args.calm is None else args.calm / 100)
 
     with cli.progress_bar(len(shapes) * len(args.peers) * args.repeats) as progress:
         results, complete = measure_interleaved(shapes, args.peers, args.repeats, measure_one, progress)
     record = {
         "command": command(),
         **before,
+        "others": others(results),
         "load_after": cli.load(),
         "dtype": args.dtype,
         "scores": "normal",
         "mode": "attention",
         "results": [result.as_json() for result in results],
     }
-    load = "" if record["load"] is None else f"Load average {record['load']} before, {record['load_after']} after. "
-    print(heading(record), "", growth_table(results), "", f"{load}`{record['command']}`", sep="\n")
+    print(heading(record), "", growth_table(results), "", f"`{record['command']}`{busyness(record)}", sep="\n")
     if args.json:
         cli.write_json(args.json, record)
     if args.plot:

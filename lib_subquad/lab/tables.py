@@ -29,7 +29,9 @@ def seconds(value: float | None) -> str:
         return NOTHING
     if value >= 10:
         return f"{value:.1f} s"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms"
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
 
 
 def spread(low: float | None, high: float | None) -> str:

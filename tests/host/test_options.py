@@ -62,9 +62,7 @@ def test_nowebui_never_asks_for_settings(host, monkeypatch):
     assert shared.opts.set("subquad_query_chunk", 512)
 
 
-@settings(
-    max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.dictionaries(st.sampled_from(list(OPTIONS)), BROKEN, min_size=1))
 def test_no_value_fails_a_generation(subquad, values):
     """Read while it is broken, then put right in the store."""

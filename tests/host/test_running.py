@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture
@@ -89,18 +90,19 @@ def test_training_goes_through_it_in_eval_mode(subquad, hooked, engine, checkpoi
     """As textual inversion does it: only the context learns, under torch's own checkpoint of the block around."""
     layer, x, context, plain = hooked
     layer.requires_grad_(False)
-    subquad.opts.data.update(subquad_engine=engine, subquad_checkpointing=checkpointing, subquad_kv_chunk=5)
+    subquad.opts.data.update(subquad_engine=engine, subquad_checkpointing=checkpointing, subquad_query_chunk=5)
     subquad.status.begin()
     context.requires_grad_()
     gradients = []
     for name in ("subquad", "None"):
         subquad.select(name)
-        output = torch.utils.checkpoint.checkpoint(layer, x, context, use_reentrant=False)
+        output = checkpoint(layer, x, context, use_reentrant=False)
         torch.testing.assert_close(output, plain)
         gradients += torch.autograd.grad(output.square().sum(), context)
     torch.testing.assert_close(*gradients)
     assert subquad.status.generation().calls == 2  # forward, and once more for backward
-    assert subquad.status.generation().largest.kv_chunk == 5
+    plan = subquad.status.generation().largest
+    assert (plan.engine, plan.query_chunk) == (engine, 5)
 
 
 def test_a_preview_decodes_on_another_thread_meanwhile(model):

@@ -150,7 +150,8 @@ def test_a_peer_that_wants_more_than_there_is_fails_alone(tmp_path):
 def test_the_peak_is_what_a_peer_held(tmp_path, mebibytes):
     body = f"block = torch.ones({mebibytes} << 18); del block"
     found = measure.measure(Job(peer_file(tmp_path, body), SMALL))
-    assert mebibytes <= found.peak_bytes / (1 << 20) <= mebibytes + 8
+    # Linux counts resident pages in batches: a little may be missing.
+    assert mebibytes - 1 <= found.peak_bytes / (1 << 20) <= mebibytes + 8
 
 
 def test_what_goes_wrong_in_a_process_is_told_in_its_last_line():

@@ -272,7 +272,8 @@ def test_a_table_is_aligned_and_is_markdown():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0.00123, "1.2 ms"), (0.414, "414 ms"), (7.261, "7.26 s"), (24.66, "24.7 s")]
+    ("value", "text"),
+    [(None, "–"), (0.000012, "12 µs"), (0.00123, "1.2 ms"), (0.414, "414 ms"), (7.261, "7.26 s"), (24.66, "24.7 s")],
 )
 def test_times_in_words(value, text):
     assert tables.seconds(value) == text
@@ -283,10 +284,18 @@ def test_the_report_compares_shape_by_shape_and_over_all():
     found = [result("sdpa", 1.0), result("ours", 2.0, peak=2 << 20)]
     found += [result("sdpa", 1.0, shape=other), result("ours", 8.0, shape=other)]
     record = {"mode": "attention", "dtype": "float32", "scores": "peaky", "device": "a device", "threads": 2}
-    record |= {"torch": "2.13", "repeats": 1, "load": 1.5, "load_after": 2.5, "command": "python -m lib_subquad bench"}
+    record |= {
+        "torch": "2.13",
+        "repeats": 1,
+        "load": 1.5,
+        "load_after": 2.5,
+        "others": [0.0, 0.1, 0.3],
+        "command": "python -m lib_subquad bench",
+    }
     text = bench.report(record, found, ["sdpa"])
     assert "peaky scores; a device, 2 threads, torch 2.13" in text
-    assert "Load average 1.5 before, 2.5 after" in text and "python -m lib_subquad bench" in text
+    assert "took 0% to 30% of the processors" in text and "load average 1.5 before, 2.5 after" in text
+    assert "python -m lib_subquad bench" in text
     summary = text[text.index("all shapes") :]
     assert "| ours       |         4.00 |  8.00 |                 2.00 |" in summary
 
@@ -294,7 +303,7 @@ def test_the_report_compares_shape_by_shape_and_over_all():
 def test_a_long_reason_is_cut_in_the_table():
     failed = Result(SMALL, "ours", [Measurement(reason="because " * 50)])
     text = bench.main_table([failed], ["sdpa"])
-    assert "because …" in text and max(map(len, text.splitlines())) < 250
+    assert "because…" in text and max(map(len, text.splitlines())) < 250
 
 
 def growth_results() -> list[Result]:
@@ -316,3 +325,28 @@ def test_pictures_are_drawn_whatever_is_missing(tmp_path):
     plot.draw_bench(found, "title").savefig(tmp_path / "bench.png")
     plot.draw_growth(growth_results(), "title").savefig(tmp_path / "growth.png")
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("bench.png", "growth.png"))
+
+
+# ------------------------------------------------------------------------------------------------- on a busy machine
+
+
+def test_the_share_of_others_is_what_is_neither_idle_nor_ours():
+    # Ten seconds on two processors: twelve taken, eight of them by this process.
+    assert measure._share_of_others((100.0, 40.0, 5.0), (120.0, 52.0, 13.0)) == pytest.approx(0.2)
+    assert measure._share_of_others((100.0, 40.0, 5.0), (120.0, 40.0, 6.0)) == 0.0
+    assert measure._share_of_others(None, (1.0, 1.0, 1.0)) is None
+    assert measure._share_of_others((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(("shares", "calm", "expected"), [([0.9, 0.4, 0.1, 0.0], 0.2, 0.1), ([0.9], None, 0.9)])
+def test_a_disturbed_measurement_is_made_again(shares, calm, expected, monkeypatch):
+    turns = iter(shares)
+    monkeypatch.setattr(measure, "_measure_apart", lambda job, timeout: Measurement(1.0, others=next(turns)))
+    assert measure.measure(Job("sdpa", SMALL), calm=calm).others == expected
+
+
+def test_the_calmest_counts_where_it_is_never_calm(monkeypatch):
+    turns = iter([0.9, 0.5, *[0.8] * 20])
+    monkeypatch.setattr(measure, "_measure_apart", lambda job, timeout: Measurement(1.0, others=next(turns)))
+    assert measure.measure(Job("sdpa", SMALL), calm=0.1).others == 0.5
+    assert len(list(turns)) == 22 - measure.CALM_TRIES

@@ -1,8 +1,8 @@
 """A real, installed web UI, with the extension installed from a git URL into a data folder of its own.
 
-    SD_WEBUI_DIR       its folder; without it these tests are skipped
-    SD_WEBUI_PYTHON    the Python that runs it (default: that of its own venv)
-    SD_WEBUI_CKPT_DIR  a folder with a small checkpoint (default: the tiny one in ../shared/checkpoints)
+SD_WEBUI_DIR       its folder; without it these tests are skipped
+SD_WEBUI_PYTHON    the Python that runs it (default: that of its own venv)
+SD_WEBUI_CKPT_DIR  a folder with a small checkpoint (default: the tiny one in ../shared/checkpoints)
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def webui(tmp_path_factory):
     python = os.environ.get("SD_WEBUI_PYTHON") or folder / "venv" / "bin" / "python"
     before = _state(folder)
     data = tmp_path_factory.mktemp("data")
-    (data / "extensions").mkdir()  # the web UI makes it when it starts, and it installs while running
+    for name in ("extensions", "embeddings"):  # the web UI makes the one when it starts, and the other nowhere
+        (data / name).mkdir()
     installation = WebUI(folder, python, data, _checkpoints(tmp_path_factory.mktemp("checkpoints")))
     installation.said = installation.install(_repository(tmp_path_factory.mktemp("git")))
     yield installation

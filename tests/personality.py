@@ -1,0 +1,89 @@
+"""Devices that are not here, by their personality: a mode that sees every operator and knows what they forbid.
+
+The facts stand here a second time, apart from `lib_subquad.device.RULES`: a rule that is dropped there is noticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+PRODUCTS = ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "addmm_", "addbmm", "addbmm_")
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """What a device refuses. Caps are 2^17 times smaller than the real ones: a test on the CPU can meet them."""
+
+    elements: int | None = None
+    bytes: int | None = None
+    float64: bool = False
+    strided_operands: bool = False
+    beta_of_zero: bool = False
+    fused: bool = False
+
+
+FORBIDDEN = {
+    "mps": Forbidden(8191, 32768, float64=True, strided_operands=True, beta_of_zero=True, fused=True),
+    "xpu": Forbidden(bytes=32768),
+    "directml": Forbidden(float64=True, fused=True),
+}
+
+
+class Personality(TorchDispatchMode):
+    """Watches what is called within it as the device `kind` would; `complaints` holds what that device refuses.
+
+    Tensors that were there before, such as a test's own inputs, are not held against the call.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.forbidden = FORBIDDEN[kind]
+        self.complaints: list[str] = []
+        self.operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        self.operators += 1
+        self._check_call(name, args, kwargs)
+        before = {storage_of(tensor) for tensor in tensors_in(args, kwargs)}
+        result = function(*args, **kwargs)
+        self._check_results(name, [tensor for tensor in tensors_in(result) if storage_of(tensor) not in before])
+        return result
+
+    def _check_call(self, name: str, args: tuple, kwargs: dict) -> None:
+        given = tensors_in(args, kwargs)
+        if self.forbidden.float64 and any(tensor.dtype == torch.float64 for tensor in given):
+            self.complaints.append(f"{name}: takes float64")
+        if self.forbidden.fused and "scaled_dot_product" in name:
+            self.complaints.append(f"{name}: materialises the scores")
+        if self.forbidden.beta_of_zero and kwargs.get("beta", 1) == 0:
+            self.complaints.append(f"{name}: beta is 0")
+        if self.forbidden.strided_operands and name in PRODUCTS:
+            operands = [*args[1:], *([kwargs["out"]] if "out" in kwargs else [])] if "add" in name else given
+            for tensor in tensors_in(operands):
+                if not tensor.is_contiguous() and not tensor.transpose(-2, -1).is_contiguous():
+                    self.complaints.append(f"{name}: operand {list(tensor.shape)} has strides {tensor.stride()}")
+
+    def _check_results(self, name: str, made: list[Tensor]) -> None:
+        for tensor in made:
+            size = tensor.untyped_storage().nbytes()
+            if self.forbidden.elements is not None and size // tensor.element_size() > self.forbidden.elements:
+                self.complaints.append(f"{name}: makes {list(tensor.shape)}, too many elements")
+            if self.forbidden.bytes is not None and size > self.forbidden.bytes:
+                self.complaints.append(f"{name}: makes {list(tensor.shape)}, too many bytes")
+            if self.forbidden.float64 and tensor.dtype == torch.float64:
+                self.complaints.append(f"{name}: makes float64")
+
+
+def tensors_in(*trees) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,235 @@
+"""Gradients: against numerical ones, against SDPA's, in every setting that a trainer can be in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lib_subquad import Settings, attention, retry
+from lib_subquad.backward import ChunkedAttention
+from tests.test_faults import FailAt
+
+SHAPES = (2, 3, 7, 70)  # batch, heads, queries, keys
+CHUNKED = {"engine": "portable", "query_chunk": 3, "kv_chunk": 64}
+MASK_SIZES = [(7, 70), (1, 70), (7, 1), (1, 1), (3, 7, 70), (2, 1, 7, 70), (1, 3, 1, 70), (2, 3, 7, 70), (70,), ()]
+WANTED = [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (False, True, True)]
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Nothing remembered, and one thread: on a busy machine two wait for each other at every small operator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    retry.forget()
+    yield
+    retry.forget()
+    torch.set_num_threads(threads)
+
+
+def inputs(dtype=torch.float32, width=4, value_width=5, wanted=(True, True, True)):
+    batch, heads, queries, keys = SHAPES
+    sizes = ((queries, width), (keys, width), (keys, value_width))
+    return [torch.randn(batch, heads, *size).to(dtype).requires_grad_(needed) for size, needed in zip(sizes, wanted)]
+
+
+def bool_mask() -> torch.Tensor:
+    mask = torch.rand(SHAPES) > 0.4
+    mask[:, :, 2] = False  # a row that may attend to nothing
+    mask[0, :, 3:, :64] = False  # and a whole part
+    return mask
+
+
+def float_mask() -> torch.Tensor:
+    return torch.randn(SHAPES).masked_fill(~bool_mask(), -torch.inf)
+
+
+def exact(query, key, value, mask=None):
+    """Plain attention in the inputs' dtype; rows that may attend to nothing are zeros."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ value
+
+
+def gradients(output, tensors, grad_output):
+    return torch.autograd.grad(output, [tensor for tensor in tensors if tensor.requires_grad], grad_output)
+
+
+def same_as_exact(tensors, mask=None, tolerance=1e-5, call=attention, **settings):
+    """`call`'s result and gradients are those of plain attention in float64; returns the gradients."""
+    settings = Settings(**{**CHUNKED, **settings})
+    output = call(*tensors, mask=mask, settings=settings)
+    grad_output = torch.randn(output.shape).to(output.dtype)
+    found = gradients(output, tensors, grad_output)
+    doubles = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    double_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    wanted = gradients(exact(*doubles, double_mask), doubles, grad_output.double())
+    for tensor, mine, right in zip((t for t in tensors if t.requires_grad), found, wanted):
+        assert mine.dtype == tensor.dtype and mine.shape == tensor.shape
+        assert (mine.double() - right).abs().max() <= tolerance * max(1, right.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+@pytest.mark.parametrize("mask", [None, bool_mask, float_mask], ids=["none", "bool", "float"])
+def test_numerical_gradients(mask, checkpointing):
+    settings = Settings(**CHUNKED, checkpointing=checkpointing)
+    bias = mask and (mask() if mask is bool_mask else mask().double())
+    tensors = [tensor[:, :, :, :].detach().requires_grad_() for tensor in inputs(torch.float64, 2, 3)]
+    assert torch.autograd.gradcheck(
+        lambda *given: attention(*given, mask=bias, settings=settings), tensors, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+@pytest.mark.parametrize("size", MASK_SIZES, ids=str)
+def test_a_mask_that_needs_a_gradient(size, checkpointing):
+    mask = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    tensors = inputs(torch.float64)
+    for settings in (Settings(**CHUNKED, checkpointing=checkpointing), Settings(query_chunk=4)):
+        assert torch.autograd.gradcheck(
+            lambda *given, settings=settings: attention(*given[:3], mask=given[3], settings=settings),
+            (*tensors, mask),
+            fast_mode=True,
+        )
+    half = mask.detach().to(torch.bfloat16).requires_grad_()
+    (alone,) = torch.autograd.grad(attention(*inputs(wanted=(False,) * 3), mask=half).sum(), half)
+    assert alone.dtype == torch.bfloat16 and alone.shape == size and alone.abs().sum() > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["automatic", "always", "never"])
+@pytest.mark.parametrize("mask", [None, bool_mask, float_mask], ids=["none", "bool", "float"])
+@pytest.mark.parametrize("engine", ["portable", "automatic"])
+def test_like_exact_attention(engine, mask, checkpointing):
+    found = same_as_exact(
+        inputs(), mask and mask(), engine=engine, checkpointing=checkpointing, kv_chunk=64 * (engine == "portable")
+    )
+    if mask:
+        assert not found[0][:, :, 2].any()  # the row that attended to nothing moves nothing
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_only_some_inputs_need_a_gradient(wanted, checkpointing):
+    for mask in (None, bool_mask()):
+        same_as_exact(inputs(wanted=wanted), mask, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_half_precision(dtype, tolerance, checkpointing):
+    for mask in (None, bool_mask()):
+        same_as_exact(inputs(dtype), mask, tolerance, checkpointing=checkpointing)
+    query, key, _ = inputs()
+    *_, value = inputs(dtype)
+    same_as_exact((query, key, value), None, tolerance, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
+def test_chunks_that_do_not_divide(size):
+    same_as_exact(inputs(), query_chunk=size, kv_chunk=size * 13)
+    same_as_exact(
+        [tensor.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for tensor in inputs()]
+    )
+
+
+def test_like_sdpa():
+    tensors = [torch.randn(1, 4, tokens, 40, requires_grad=True) for tokens in (300, 260, 260)]
+    grad_output = torch.randn(1, 4, 300, 40)
+    expected = gradients(F.scaled_dot_product_attention(*tensors), tensors, grad_output)
+    for engine in ("fused", "portable"):
+        output = attention(*tensors, settings=Settings(engine=engine, query_chunk=128))
+        for mine, right in zip(gradients(output, tensors, grad_output), expected):
+            assert (mine - right).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inside", ["both", "forward"])
+def test_under_autocast(dtype, inside):
+    tensors = inputs(dtype)
+    plain = same_as_exact(tensors, None, 3e-2)
+    torch.manual_seed(1)
+    grad_output = torch.randn(2, 3, 7, 5).to(dtype)
+    expected = gradients(attention(*tensors, settings=Settings(**CHUNKED)), tensors, grad_output)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention(*tensors, settings=Settings(**CHUNKED))
+        if inside == "both":
+            found = gradients(output, tensors, grad_output)
+    if inside == "forward":
+        found = gradients(output, tensors, grad_output)
+    assert len(plain) == len(found) == 3
+    assert output.dtype == dtype and all(torch.equal(mine, right) for mine, right in zip(found, expected))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("engine", ["portable", "automatic"])
+def test_inside_torchs_checkpoint(engine, reentrant):
+    def call(*tensors, mask, settings):
+        return checkpoint(
+            lambda *given: attention(*given, mask=mask, settings=settings), *tensors, use_reentrant=reentrant
+        )
+
+    same_as_exact(inputs(), None, call=call, engine=engine, kv_chunk=0)
+    same_as_exact(inputs(), bool_mask(), call=call, engine=engine, kv_chunk=0)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors = (project(x).unflatten(-1, (2, 4)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v))
+        return attention(*tensors, settings=Settings(**CHUNKED)).transpose(1, 2).flatten(2)
+
+
+def test_a_module_in_eval_mode_trains_what_is_put_into_it():
+    layer, x = Layer().eval().requires_grad_(False), torch.randn(2, 70, 8, requires_grad=True)
+    output = layer(x)
+    assert (
+        isinstance(output.grad_fn.next_functions[0][0].next_functions[0][0], torch.autograd.graph.Node)
+        or output.grad_fn
+    )
+    (found,) = torch.autograd.grad(output.square().sum(), x)
+    q, k, v = (project(x).unflatten(-1, (2, 4)).transpose(1, 2) for project in (layer.to_q, layer.to_k, layer.to_v))
+    (right,) = torch.autograd.grad(exact(q, k, v).square().sum(), x)
+    assert torch.allclose(found, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradients_no_graph(mode, monkeypatch):
+    monkeypatch.setattr(ChunkedAttention, "apply", lambda *args: pytest.fail("nobody asked for gradients"))
+    tensors = inputs()
+    for settings in (Settings(), Settings(**CHUNKED)):
+        with mode():
+            output = attention(*tensors, settings=settings)
+        assert not output.requires_grad and output.grad_fn is None
+    with torch.no_grad():
+        assert torch.allclose(output, exact(*tensors), atol=1e-5)
+
+
+def test_a_retry_within_the_backward_pass():
+    tensors = inputs()
+    settings = Settings(**CHUNKED)
+    output, grad_output = attention(*tensors, settings=settings), torch.randn(2, 3, 7, 5)
+    expected = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+    with FailAt(None) as device:
+        torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+    for number in (0, device.seen // 3, device.seen // 2, device.seen - 6):
+        with FailAt(number) as failing:
+            found = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+        assert failing.seen > device.seen  # it came again
+        assert all(torch.allclose(mine, right, atol=1e-6) for mine, right in zip(found, expected))
+    with pytest.raises(RuntimeError, match="allocate"), FailAt(device.seen // 2):
+        torch.autograd.grad(attention(*tensors, settings=Settings(**CHUNKED, retry=False)).sum(), tensors)
+
+
+def test_gradients_of_gradients_are_refused_in_words():
+    tensors = inputs()
+    found = torch.autograd.grad(attention(*tensors, settings=Settings(**CHUNKED)).sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        torch.autograd.grad(found[0].sum(), tensors)

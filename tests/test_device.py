@@ -1,0 +1,277 @@
+"""What each kind of device allows: every rule is obeyed, and a rule that is dropped is noticed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib_subquad import Settings, attention
+from lib_subquad import device as devices
+from lib_subquad.engines import fused, portable
+from lib_subquad.problem import Problem
+from tests.personality import FORBIDDEN, Personality
+
+CPU = torch.device("cpu")
+QUERIES, KEYS, HEADS, WIDTH = 40, 300, 3, 8
+HUGE_CHUNKS = {"query_chunk": 16384, "kv_chunk": 16384}
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """`pretend("mps", **dropped)`: the CPU passes for that device, whose caps are the personality's; `dropped` replaces
+    rules."""
+
+    def as_device(kind: str, **dropped) -> Personality:
+        caps = {"largest_elements": FORBIDDEN[kind].elements, "largest_bytes": FORBIDDEN[kind].bytes}
+        monkeypatch.setitem(devices.RULES, kind, replace(devices.RULES[kind], **{**caps, **dropped}))
+        monkeypatch.setattr(devices, "kind", lambda device: kind)
+        return Personality(kind)
+
+    return as_device
+
+
+def tensors(dtype=torch.float32, grad=False):
+    """As a layer gives them: tokens before heads in memory."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(1, tokens, HEADS, WIDTH).to(dtype).transpose(1, 2).requires_grad_(grad)
+        for tokens in (QUERIES, KEYS, KEYS)
+    ]
+
+
+def masks():
+    return {
+        "none": None,
+        "bool": torch.rand(1, HEADS, QUERIES, KEYS) > 0.3,
+        "float": torch.randn(1, 1, QUERIES, KEYS),
+    }
+
+
+def call(personality, dtype=torch.float32, grad=False, mask=None, **settings):
+    """A call, with its gradients if wanted, watched by `personality`; checks the result."""
+    query, key, value = tensors(dtype, grad)
+    grad_output = torch.randn(1, QUERIES, HEADS, WIDTH).to(dtype).transpose(1, 2)
+    with personality:
+        output = attention(query, key, value, mask=mask, settings=Settings(**settings))
+        if grad:
+            torch.autograd.grad(output, (query, key, value), grad_output)
+    with torch.no_grad():
+        float_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
+        expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask=float_mask)
+    assert (output.double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-3)
+    assert personality.operators
+    return personality.complaints
+
+
+@pytest.mark.parametrize("settings", [{}, {"query_chunk": 16}, {"kv_chunk": 64}, HUGE_CHUNKS], ids=str)
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_a_device_is_never_asked_for_what_it_forbids(kind, settings, pretend):
+    settings = {"engine": "portable" if kind == "xpu" else "fused", **settings}
+    for mask in masks().values():
+        for dtype in (torch.float32, torch.float16):
+            assert not call(pretend(kind), dtype, mask=mask, **settings)
+
+
+@pytest.mark.parametrize("checkpointing", ["automatic", "never"])
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_nor_while_training(kind, checkpointing, pretend):
+    settings = {"engine": "portable", "checkpointing": checkpointing, **HUGE_CHUNKS}
+    for name, mask in masks().items():
+        # An upcast that autograd makes in float64 is none of ours: half inputs stay half.
+        assert not call(pretend(kind), grad=True, mask=mask, **settings), name
+    if kind == "mps":  # with no cap, a group has several heads, whose strides are another matter
+        personality = pretend(kind, largest_elements=None, largest_bytes=1 << 40)
+        call(personality, grad=True, **settings)
+        assert not [words for words in personality.complaints if "strides" in words]
+
+
+@pytest.mark.parametrize(
+    "kind, dropped, complaint",
+    [
+        ("mps", {"no_fused": ""}, "materialises the scores"),
+        ("mps", {"largest_elements": None, "largest_bytes": 1 << 40}, "too many elements"),
+        ("mps", {"largest_bytes": None, "largest_elements": None}, "too many bytes"),
+        ("mps", {"contiguous": False}, "strides"),
+        ("xpu", {"largest_bytes": None}, "too many bytes"),
+        ("directml", {"no_fused": ""}, "materialises the scores"),
+    ],
+)
+def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend):
+    # The caps are dropped with chunks as large as the sliders go; a kernel is asked for where one is forbidden.
+    settings = {"engine": "portable", **HUGE_CHUNKS} if "no_fused" not in dropped else {}
+    complaints = call(pretend(kind, **dropped), **settings)
+    assert any(complaint in words for words in complaints)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_kept_scores_would_be_noticed(kind, pretend, monkeypatch):
+    monkeypatch.setattr(devices.Rules, "keeps_scores", True)
+    complaints = call(pretend(kind), grad=True, engine="portable", checkpointing="never", **HUGE_CHUNKS)
+    assert any("too many bytes" in words for words in complaints)
+
+
+@pytest.mark.parametrize("operator", ["baddbmm", "float64"])
+def test_the_personality_sees_what_no_rule_switches(operator):
+    personality = Personality("mps")
+    with personality:
+        if operator == "baddbmm":
+            torch.baddbmm(torch.empty(1, 2, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 2), beta=0)
+        else:
+            torch.ones(3, dtype=torch.float64) + 1
+    assert any(("beta" if operator == "baddbmm" else "float64") in words for words in personality.complaints)
+
+
+def test_keys_are_split_when_one_row_is_too_large(pretend):
+    plans = []
+    query, key, value = (torch.randn(1, tokens, 4) for tokens in (3, 20000, 20000))
+    value_bytes_allowed = 4096
+    personality = pretend("mps", largest_elements=1000, largest_bytes=value_bytes_allowed)
+    personality.forbidden = replace(personality.forbidden, elements=1000, bytes=value_bytes_allowed)
+    with personality:
+        output = attention(query, key, value, settings=Settings(**HUGE_CHUNKS), report=plans.append)
+    assert not personality.complaints
+    assert plans[0].kv_chunk < 16384 and any("largest tensor" in reason for reason in plans[0].reasons)
+    assert torch.allclose(output, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mps", "directml"])
+def test_float64_is_refused_in_words_where_there_is_none(kind, pretend):
+    problem = Problem.from_shapes((1, 4, 8), (1, 4, 8), (1, 4, 8), torch.float64, CPU)
+    pretend(kind)
+    assert "float64" in portable.why_not(problem)[0]
+    pretend(kind, float64=True)
+    assert not portable.why_not(problem)
+
+
+def test_the_real_caps_are_what_was_reported():
+    assert devices.RULES["mps"].largest_elements == 2**30 - 1 and devices.RULES["mps"].largest_bytes == 4 * 2**30
+    assert devices.RULES["xpu"].largest_bytes == 4 * 2**30
+    assert devices.RULES["mps"].tile_bytes <= 128 * 2**20  # fixed and modest, whatever is free
+
+
+def test_fused_is_off_where_pytorch_would_run_its_math_kernel(monkeypatch):
+    problem = Problem.from_shapes((1, 64, 8), (1, 64, 8), (1, 64, 8), torch.float32, CPU)
+    for choice, reasons in ((fused.MATH_KERNEL, 1), (1, 0)):
+        fused._kernel_reasons.cache_clear()
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, choice=choice, **kwargs: choice)
+        assert len(fused.why_not(problem)) == reasons
+    fused._kernel_reasons.cache_clear()
+
+
+def test_mixed_dtypes_and_autocast():
+    query, key, value = (torch.randn(2, tokens, 8) for tokens in (20, 70, 70))
+    for engine in ("fused", "portable"):
+        settings = Settings(engine=engine, query_chunk=8)
+        plain = attention(query, key, value, settings=settings)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = attention(query, key, value, settings=settings)
+            assert torch.mm(query[0], query[0].T).dtype == torch.bfloat16  # still on
+            mixed = attention(query, key, value.bfloat16(), settings=settings)
+        assert torch.equal(inside, plain) and mixed.dtype == torch.bfloat16
+        assert (mixed.float() - plain).abs().max() < 2e-2
+
+
+def test_every_rule_cites_its_source():
+    source = inspect.getsource(devices)
+    table = next(
+        node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "RULES"
+    )
+    text = "\n".join(source.splitlines()[table.lineno - 1 : table.end_lineno])
+    for cited in ("ComfyUI #14837", "PyTorch #149261", "PR #10201", "PR #12526", "PR #190791", "PR #14353", "#414"):
+        assert cited in text
+
+
+# ------------------------------------------------------------------------------------------- kinds and free memory
+
+
+@pytest.mark.parametrize(
+    "hip, name, kind",
+    [
+        (None, "NVIDIA GeForce RTX 3060", "cuda"),
+        (None, "AMD Radeon RX 6600 [ZLUDA]", "zluda"),
+        ("5.7", "AMD Radeon", "rocm"),
+        (None, None, "cuda"),
+    ],
+)
+def test_kinds_behind_cuda(hip, name, kind, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name + "")  # None: the driver does not answer
+    devices._cuda_kind.cache_clear()
+    assert devices.kind(torch.device("cuda", 0)) == kind
+    devices._cuda_kind.cache_clear()
+
+
+def test_kinds_by_type():
+    types = {"cpu": "cpu", "mps": "mps", "xpu": "xpu", "privateuseone": "directml", "meta": "other"}
+    assert {name: devices.kind(torch.device(name)) for name in types} == types
+
+
+def test_free_memory_of_cuda_counts_what_pytorch_holds_unused(monkeypatch):
+    answers = {"mem_get_info": (1000, 4000), "memory_reserved": 500, "memory_allocated": 200}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert devices.free_bytes(torch.device("cuda")) == 1300
+
+
+def test_free_memory_of_directml(monkeypatch):
+    device = torch.device("privateuseone")
+    assert devices.free_bytes(device) == devices.UNKNOWN_FREE_BYTES
+    monkeypatch.setattr(torch, "dml", SimpleNamespace(mem_get_info=lambda device: (77, 99)), raising=False)
+    assert devices.free_bytes(device) == 77
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("driver"), OSError(), ValueError(), AttributeError()])
+def test_free_memory_never_raises(broken, monkeypatch):
+    def fail(device):
+        raise broken
+
+    for device in ("cpu", "cuda", "mps", "xpu"):
+        monkeypatch.setitem(devices._FREE, device, fail)
+        assert devices.free_bytes(torch.device(device)) == devices.UNKNOWN_FREE_BYTES
+
+
+@pytest.mark.parametrize(
+    "limit, used, stat, free",
+    [
+        ("1000", "400", "anon 5\ninactive_file 100\n", 700),
+        ("1000", "400", "total_inactive_file 50\n", 650),
+        ("1000", "1200", "", 0),
+        ("1000", "400", None, 600),
+        ("max", "400", "", None),
+        ("nonsense", "400", "", None),
+        ("1000", None, "", None),
+    ],
+)
+def test_free_memory_of_a_container(limit, used, stat, free, tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("limit", "used", "stat")]
+    for path, text in zip(paths, (limit, used, stat)):
+        if text is not None:
+            path.write_text(text)
+    monkeypatch.setattr(devices, "_container_files", lambda: (tuple(map(str, paths)),))
+    monkeypatch.setattr(devices, "_free_host", lambda: 5000)
+    assert devices.free_bytes(CPU) == (5000 if free is None else free)
+
+
+@pytest.mark.parametrize(
+    "line, files",
+    [
+        ("0::/a/b", ["memory.max", "a/memory.max", "a/b/memory.max"]),
+        ("7:cpu,memory:/a", ["memory/memory.limit_in_bytes", "memory/a/memory.limit_in_bytes"]),
+        ("3:cpuset:/a", []),
+    ],
+)
+def test_control_groups_of_both_versions(line, files, monkeypatch, tmp_path):
+    groups = tmp_path / "cgroup"
+    groups.write_text(line + "\n")
+    monkeypatch.setattr(devices, "open", lambda path: groups.open(), raising=False)
+    monkeypatch.setattr(devices.os.path, "exists", lambda path: True)
+    devices._container_files.cache_clear()
+    found = [limit for limit, _, _ in devices._container_files()]
+    devices._container_files.cache_clear()
+    assert found == [f"/sys/fs/cgroup/{name}" for name in files]

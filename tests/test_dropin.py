@@ -1,0 +1,172 @@
+"""efficient_dot_product_attention in place of the kernel that the web UI, ComfyUI and Forge ship."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from lib_subquad import attention, efficient_dot_product_attention
+
+SEED = Path(__file__).parents[2] / "shared" / "seed" / "sub_quadratic_attention.md"
+close = {"atol": 2e-6, "rtol": 0.0}
+
+
+@pytest.fixture(scope="module")
+def seed():
+    """The kernel that the web UI ships, from its listing."""
+    if not SEED.exists():
+        pytest.skip("the web UI's kernel is not in ../shared/seed")
+    code = SEED.read_text(encoding="utf8").split("```")[1]
+    code = code.replace("    use_checkpoint=True,\n", "    use_checkpoint=True,\n):\n", 1)  # which the listing lost
+    names = {}
+    exec(compile(code, SEED.name, "exec"), names)
+    return names["efficient_dot_product_attention"]
+
+
+@pytest.fixture(scope="module")
+def package():
+    """The torch function of the package memory-efficient-attention, whose own __init__ imports JAX."""
+    name = "memory_efficient_attention"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        pytest.skip("memory-efficient-attention is not installed")
+    bare = types.ModuleType(name)
+    bare.__path__ = list(spec.submodule_search_locations)
+    before = {key: module for key, module in sys.modules.items() if key.partition(".")[0] == name}
+    sys.modules[name] = bare
+    yield importlib.import_module(f"{name}.attention_torch").efficient_dot_product_attention
+    for key in [key for key in sys.modules if key.partition(".")[0] == name]:
+        del sys.modules[key]
+    sys.modules.update(before)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def tensors(heads, queries, keys, width, value_width=None, seed=0):
+    sizes = ((queries, width), (keys, width), (keys, value_width or width))
+    return [normal(heads, *size, seed=seed + n) for n, size in enumerate(sizes)]
+
+
+def test_same_signature(seed):
+    ours, theirs = (inspect.signature(function).parameters for function in (efficient_dot_product_attention, seed))
+    assert list(ours) == list(theirs)
+    assert [parameter.default for parameter in ours.values()] == [parameter.default for parameter in theirs.values()]
+
+
+@given(st.data())
+@effort(max_examples=300, deadline=None)
+def test_like_the_seed_over_its_parameters(seed, data):
+    heads, queries, keys = (data.draw(st.integers(1, most)) for most in (4, 60, 60))
+    width = data.draw(st.sampled_from((1, 8, 40, 64)))
+    size = st.integers(1, 70)
+    chunks = {
+        "query_chunk_size": data.draw(size),
+        "kv_chunk_size": data.draw(st.none() | size | st.just(0)),
+        "kv_chunk_size_min": data.draw(st.none() | size | st.just(0)),
+        "use_checkpoint": data.draw(st.booleans()),
+    }
+    call = tensors(heads, queries, keys, width, seed=data.draw(st.integers(0, 99)))
+    wanted = seed(*call, **chunks)
+    torch.testing.assert_close(efficient_dot_product_attention(*call, **chunks), wanted, **close)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_like_the_seed_over_a_grid_of_chunks(seed, checkpointed):
+    call = tensors(2, 130, 77, 40)
+    parts = (None, 0, 1, 8, 76, 77, 78, 20000)
+    for query_chunk, kv_chunk, least in itertools.product((1, 64, 129, 130, 131, 20000), parts, parts):
+        if query_chunk == 1 and (kv_chunk == 1 or least == 1):
+            continue  # ten thousand steps
+        chunks = (query_chunk, kv_chunk, least, checkpointed)
+        torch.testing.assert_close(efficient_dot_product_attention(*call, *chunks), seed(*call, *chunks), **close)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_gradients_like_the_seeds(seed, checkpointed):
+    gradients = []
+    for function in (efficient_dot_product_attention, seed):
+        call = [tensor.requires_grad_() for tensor in tensors(2, 50, 40, 16)]
+        output = function(*call, 16, 8, None, checkpointed)
+        (output * normal(2, 50, 16, seed=9)).sum().backward()
+        gradients.append([tensor.grad for tensor in call])
+    torch.testing.assert_close(*gradients, atol=5e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("queries, keys, query_chunk, kv_chunk", [(64, 60, 64, 60), (64, 60, 16, 12), (40, 77, 8, 11)])
+def test_like_the_package(package, queries, keys, query_chunk, kv_chunk):
+    """Chunks of equal size: the package reads beyond a last one that is smaller."""
+    for value_width in (16, 24):
+        call = tensors(3, queries, keys, 16, value_width)
+        heads_last = [tensor.transpose(0, 1) for tensor in call]
+        wanted = package(*heads_last, query_chunk_size=query_chunk, key_chunk_size=kv_chunk).transpose(0, 1)
+        output = efficient_dot_product_attention(*call, query_chunk, kv_chunk)
+        torch.testing.assert_close(output, wanted, **close)
+
+
+@pytest.mark.parametrize("value_width", [1, 15, 41])
+def test_what_the_seed_rejects(reference, value_width):
+    call = tensors(2, 50, 45, 16, value_width)
+    for query_chunk, kv_chunk in itertools.product((1, 7, 50, 64), (None, 1, 7, 45)):
+        output = efficient_dot_product_attention(*call, query_chunk, kv_chunk)
+        torch.testing.assert_close(output.double(), reference(*call), **close)
+
+
+def test_the_web_uis_call(reference):
+    """As modules/sd_hijack_optimizations.py calls it."""
+    call = tensors(4, 256, 77, 40)
+    output = efficient_dot_product_attention(
+        *call, query_chunk_size=64, kv_chunk_size=None, kv_chunk_size_min=None, use_checkpoint=False
+    )
+    torch.testing.assert_close(output.double(), reference(*call), **close)
+
+
+@pytest.mark.parametrize("size", [16384, 16385, 10**9, 2**70])
+def test_chunks_beyond_every_slider(reference, size):
+    call = tensors(1, 16500, 3, 4)
+    assert torch.equal(efficient_dot_product_attention(*call, size), attention(*call))
+    query, key, value = tensors(1, 3, 16500, 4)
+    for chunks in ((size, size), (size, 64, size)):
+        output = efficient_dot_product_attention(query, key, value, *chunks)
+        torch.testing.assert_close(output.double(), reference(query, key, value), **close)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((0,), "query_chunk_size is 0; expected at least 1"),
+        ((-1,), "query_chunk_size is -1; expected at least 1"),
+        ((8, -4), "kv_chunk_size is -4; expected at least 1"),
+    ],
+)
+def test_chunks_of_nothing_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        efficient_dot_product_attention(*tensors(1, 9, 9, 8), *arguments)
+
+
+def test_a_least_size_rescues_a_size_of_nothing(reference):
+    call = tensors(1, 9, 9, 8)
+    for least in (4, 100):
+        output = efficient_dot_product_attention(*call, 8, -4, least)
+        torch.testing.assert_close(output.double(), reference(*call), **close)
+
+
+def test_only_three_dimensions_and_some_keys():
+    four = [tensor[None] for tensor in tensors(1, 9, 9, 8)]
+    with pytest.raises(ValueError, match=r"query has shape \[1, 1, 9, 8\]; expected \[batch \* heads, tokens, width\]"):
+        efficient_dot_product_attention(*four)
+    query, key, value = tensors(1, 9, 9, 8)
+    with pytest.raises(ValueError, match=r"key has shape \[1, 0, 8\]; expected at least one key"):
+        efficient_dot_product_attention(query, key[:, :0], value[:, :0])
+    assert efficient_dot_product_attention(query[:, :0], key, value).shape == (1, 0, 8)

@@ -1,0 +1,286 @@
+"""Plans: sliders are honoured or overruled in words, limits hold, and the workspace is what a call really takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from lib_subquad import Settings, attention, plan
+from lib_subquad import device as devices
+from lib_subquad.engines import fused
+from lib_subquad.plan import ENGINES, SMALLEST_KV_CHUNK
+from lib_subquad.problem import Problem
+from lib_subquad.settings import OPTIONS
+
+MIB = devices.MIB
+PLENTY = 64 * devices.GIB
+SD15 = ((2, 8, 4096, 40),) * 3
+VAE = ((1, 1, 16384, 512),) * 3
+
+
+def plan_sd15(settings=Settings(), shapes=SD15, dtype=torch.float32, free_bytes=PLENTY, **more):
+    return plan(*shapes, dtype, "cpu", settings, free_bytes=free_bytes, **more)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(kind): the CPU takes on the personality of another kind of device."""
+
+    def become(kind, **rules):
+        monkeypatch.setattr(devices, "kind", lambda device: kind)
+        monkeypatch.setitem(devices.RULES, kind, dataclasses.replace(devices.RULES[kind], **rules))
+
+    return become
+
+
+# ---------------------------------------------------------------------------------------------------------- engines
+
+
+def test_automatic_takes_the_fused_kernel_and_all_keys():
+    made = plan_sd15()
+    assert made.engine == "fused" and made.sizes == (4096, 4096, 8)
+    assert made.reasons == ("PyTorch has a fused kernel for these sizes",)
+
+
+@pytest.mark.parametrize("engine", ["automatic", "fused"])
+def test_a_key_slider_that_splits_means_portable_and_the_plan_says_so(engine):
+    made = plan_sd15(Settings(kv_chunk=4095, engine=engine))
+    assert made.engine == "portable" and made.kv_chunk == 4095
+    assert made.reasons == ("the key/value chunk size of 4095 splits 4096 keys",)
+    for enough in (4096, 16384):
+        assert plan_sd15(Settings(kv_chunk=enough, engine=engine)).engine == "fused"
+
+
+def test_portable_because_the_user_says_so():
+    made = plan_sd15(Settings(engine="portable"))
+    assert made.engine == "portable" and made.reasons == ("the engine is set to portable",)
+
+
+@pytest.mark.parametrize("engine", ["automatic", "fused"])
+def test_no_fused_kernel_no_fused_engine(engine):
+    made = plan_sd15(Settings(engine=engine), (*SD15[:2], (2, 8, 4096, 41)))
+    assert made.engine == "portable"
+    assert made.reasons == ("PyTorch has no fused kernel on cpu for float32, heads 40 wide with values 41 wide",)
+    more = {"mask_shape": (4096, 4096), "mask_dtype": torch.float32, "grad": True, "mask_grad": True}
+    assert (
+        "the mask needs a gradient, which no fused kernel gives" in plan_sd15(Settings(engine=engine), **more).reasons
+    )
+
+
+def test_a_torch_that_does_not_tell_its_kernel(monkeypatch):
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    fused._kernel_reasons.cache_clear()
+    made = plan_sd15()
+    fused._kernel_reasons.cache_clear()
+    assert made.engine == "portable" and "does not say whether it has a fused kernel" in made.reasons[0]
+
+
+def test_a_torch_without_scale(monkeypatch):
+    monkeypatch.setattr(fused, "_takes_scale", lambda: False)
+    assert "has no scale argument before 2.1" in plan_sd15().reasons[0]
+
+
+def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
+    monkeypatch.setattr(fused, "_masks_are_right", lambda: False)
+    made = plan_sd15(mask_shape=(1, 4096), mask_dtype=torch.bool)
+    assert made.engine == "portable" and "rows that may attend to nothing would be NaN" in made.reasons[0]
+    assert plan_sd15().engine == "fused"
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("mps", "on Apple Silicon PyTorch's attention keeps all scores in memory"),
+        ("directml", "DirectML has no fused attention kernel"),
+    ],
+)
+def test_devices_without_a_fused_engine(on, kind, words):
+    on(kind)
+    for engine in ("automatic", "fused"):
+        made = plan_sd15(Settings(engine=engine), shapes=VAE)
+        assert made.engine == "portable" and made.reasons[0].startswith(words)
+    scores = made.head_chunk * made.query_chunk * made.kv_chunk * 4
+    assert devices.RULES[kind].tile_bytes / 2 <= scores <= devices.RULES[kind].tile_bytes
+
+
+# ------------------------------------------------------------------------------------------------- sliders and limits
+
+
+@pytest.mark.parametrize("kind", devices.RULES)
+def test_sliders_are_honoured_exactly(on, kind):
+    on(kind)
+    for queries, keys, engine in itertools.product(
+        (1, 77, 1024, 4096, 16384), (1, 77, 4000, 16384), ("fused", "portable")
+    ):
+        made = plan_sd15(Settings(query_chunk=queries, kv_chunk=keys, engine=engine))
+        assert (made.query_chunk, made.kv_chunk) == (min(queries, 4096), min(keys, 4096))
+        assert len(made.reasons) == 1  # why this engine, and nothing overruled
+
+
+@pytest.mark.parametrize(
+    "kind, limit", [("mps", "largest_elements"), ("mps", "largest_bytes"), ("xpu", "largest_bytes")]
+)
+def test_no_tensor_past_what_the_device_holds(on, kind, limit):
+    on(kind, **{limit: 1 << 20})
+    settings = Settings(query_chunk=4096, kv_chunk=2048, engine="portable")
+    made = plan_sd15(settings)
+    scores = made.head_chunk * made.query_chunk * made.kv_chunk
+    assert scores * (4 if limit == "largest_bytes" else 1) <= 1 << 20
+    assert f"the query chunk size of 4096 is {made.query_chunk} here: the largest tensor this device can hold" in str(
+        made
+    )
+    on(kind, **{limit: 64})
+    assert "even the smallest chunks exceed the largest tensor this device can hold" in plan_sd15(settings).reasons
+
+
+def test_when_one_query_row_is_too_big_the_keys_are_split(on):
+    on("mps", largest_elements=10_000)
+    made = plan_sd15(Settings(query_chunk=1, kv_chunk=4096))
+    assert made.query_chunk == 1 and 64 <= made.kv_chunk <= 250
+    assert f"the key/value chunk size of 4096 is {made.kv_chunk} here: the largest tensor" in str(made)
+
+
+def test_the_memory_limit_overrules_sliders_in_words():
+    made = plan_sd15(Settings(query_chunk=2048, kv_chunk=4000, memory_limit=50), free_bytes=8 * MIB)
+    assert made.engine == "portable" and made.workspace_bytes <= 4 * MIB
+    assert f"the query chunk size of 2048 is {made.query_chunk} here: the memory limit" in made.reasons
+    assert f"the key/value chunk size of 4000 is {made.kv_chunk} here: the memory limit" in made.reasons
+    made = plan_sd15(Settings(query_chunk=4096, memory_limit=10), VAE, free_bytes=60 * MIB)
+    assert made.engine == "fused" and made.workspace_bytes <= 6 * MIB
+    assert f"the query chunk size of 4096 is {made.query_chunk} here: the memory limit" in made.reasons
+    made = plan_sd15(free_bytes=MIB // 2)
+    assert made.engine == "portable" and made.reasons[0] == "the fused kernel does not fit the memory limit"
+
+
+@st.composite
+def plans(draw):
+    """Arguments of plan()."""
+    size = st.integers(0, 9) | st.integers(1, 40000)
+    leading = tuple(draw(st.lists(st.integers(0, 20), max_size=3)))
+    queries, keys, width, value_width = draw(size), draw(size) + 1, draw(st.integers(1, 600)), draw(st.integers(1, 600))
+    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64)))
+    settings = Settings(
+        query_chunk=draw(st.integers(0, 16384)),
+        kv_chunk=draw(st.integers(0, 16384)),
+        memory_limit=draw(st.integers(1, 100)),
+        engine=draw(st.sampled_from(OPTIONS["engine"].choices)),
+    )
+    more = {"free_bytes": draw(st.integers(0, 1 << 33)), "upcast": draw(st.booleans()), "grad": draw(st.booleans())}
+    if draw(st.booleans()):
+        more |= {"mask_shape": (draw(st.sampled_from((1, queries))), keys), "mask_dtype": torch.bool}
+    return (
+        (*leading, queries, width),
+        (*leading, keys, width),
+        (*leading, keys, value_width),
+        dtype,
+        "cpu",
+        settings,
+    ), more
+
+
+@given(plans())
+@effort(max_examples=500, deadline=None)
+def test_any_plan(call):
+    arguments, more = call
+    settings = arguments[-1]
+    free = more.pop("free_bytes")
+    made, problem = plan(*arguments, free_bytes=free, **more), Problem.from_shapes(*arguments[:-1], **more)
+    limit = free * settings.memory_limit // 100
+    assert 1 <= made.query_chunk <= problem.queries or not problem.queries
+    assert 1 <= made.kv_chunk <= problem.keys and (1 <= made.head_chunk <= problem.heads or not problem.heads)
+    assert made.workspace_bytes == ENGINES[made.engine].workspace_bytes(problem, made.sizes) >= 0
+    words = " ".join(made.reasons)
+    if made.workspace_bytes > limit:
+        assert made.sizes == (min(1, made.query_chunk), min(made.kv_chunk, SMALLEST_KV_CHUNK), min(1, made.head_chunk))
+        assert "even the smallest chunks exceed the memory limit" in words
+    for name, asked, used in (
+        ("query", min(settings.query_chunk, problem.queries), made.query_chunk),
+        ("key/value", min(settings.kv_chunk, problem.keys), made.kv_chunk),
+    ):
+        assert not asked or used == max(asked, used) or f"the {name} chunk size of {asked} is" in words
+
+
+def test_a_plan_in_words():
+    made = plan_sd15(Settings(engine="portable", query_chunk=256, kv_chunk=512))
+    assert str(made) == (
+        f"portable, 256 x 512 tokens, {made.head_chunk} heads at a time, {made.workspace_bytes / MIB:.1f} MiB workspace: "
+        "the engine is set to portable"
+    )
+    assert str(dataclasses.replace(made, retries=2, reasons=())).endswith("MiB workspace, 2 retries")
+    assert str(plan_sd15()).startswith("fused, 4096 x 4096 tokens, ")
+
+
+# -------------------------------------------------------------------------------------------------- measured workspace
+
+SHAPES = [  # batch, heads, queries, keys, width, value width
+    (2, 8, 1024, 77, 40, 40),
+    (1, 2, 600, 1000, 128, 256),
+    (1, 1, 700, 700, 512, 512),
+    (3, 4, 513, 300, 160, 32),
+    (1, 12, 700, 500, 64, 64),
+]
+DTYPES = [  # of query and key, of value, upcast
+    (torch.float32, torch.float32, "web UI"),
+    (torch.float16, torch.float16, "web UI"),
+    (torch.bfloat16, torch.bfloat16, "always"),
+    (torch.float32, torch.float16, "web UI"),
+    (torch.float64, torch.float64, "web UI"),
+]
+MASKS = [None, None, ("keys", torch.bool), ("all", torch.bool), ("one head", torch.float32), ("heads", torch.float64)]
+CHUNKS = [(0, 0), (100, 0), (400, 0), (0, 128), (256, 256), (300, 1000), (2048, 512)]
+GRID = list(itertools.product(SHAPES, DTYPES, MASKS, CHUNKS, ("automatic", "portable")))
+
+
+def make(shape, dtypes, mask):
+    batch, heads, queries, keys, width, value_width = shape
+    dtype, value_dtype, _ = dtypes
+    query, key = torch.randn(batch, heads, queries, width), torch.randn(batch, heads, keys, width)
+    value = torch.randn(batch, heads, keys, value_width)
+    if mask is not None:
+        sizes = {"keys": (batch, 1, 1, keys), "one head": (queries, keys), "heads": (1, heads, 1, keys)}
+        mask = torch.randn(sizes.get(mask[0], (batch, heads, queries, keys))).to(mask[1])
+    return query.to(dtype), key.to(dtype), value.to(value_dtype), mask
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_workspace_is_what_a_call_takes(peak_bytes, shape):
+    """Within 25 % over the grid, of which each run takes the same sample."""
+    grid = [case for case in GRID if case[0] == shape]
+    for case in random.Random(1).sample(grid, 16):
+        _, dtypes, mask, (query_chunk, kv_chunk), engine = case
+        query, key, value, mask = make(shape, dtypes, mask)
+        settings = Settings(query_chunk=query_chunk, kv_chunk=kv_chunk, engine=engine, upcast=dtypes[2])
+        made = []
+        call = (query, key, value)
+        peak = peak_bytes(lambda: attention(*call, mask=mask, settings=settings, report=made.append))  # noqa: B023
+        measured = peak - Problem.of(*call, mask).output_bytes
+        assert abs(made[0].workspace_bytes - measured) <= 0.25 * measured + MIB / 8, (
+            case,
+            str(made[0]),
+            measured / MIB,
+        )
+
+
+@pytest.mark.parametrize("engine", ["automatic", "portable"])
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_no_limit_that_fits_one_row_is_broken(monkeypatch, peak_bytes, engine, dtypes):
+    query, key, value, _ = make((1, 4, 400, 600, 64, 64), dtypes, None)
+    settings = Settings(engine=engine, memory_limit=100)
+    fitted = 0
+    for limit in (MIB // 4, MIB // 2, MIB, 2 * MIB, 3 * MIB, 5 * MIB, 9 * MIB):
+        monkeypatch.setattr(devices, "free_bytes", lambda device: limit)  # noqa: B023
+        made = []
+        peak = peak_bytes(lambda: attention(query, key, value, settings=settings, report=made.append))
+        taken = peak - Problem.of(query, key, value).output_bytes
+        assert taken <= 1.25 * made[0].workspace_bytes + MIB / 8
+        if made[0].workspace_bytes <= limit:
+            fitted += 1
+            assert taken <= limit + MIB / 8
+    assert fitted >= 5

@@ -1,0 +1,126 @@
+"""What attention() refuses, in words that name the argument, its shape and what was expected."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from lib_subquad import attention, plan
+from lib_subquad.problem import Problem, mask_with_four_dimensions
+
+QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
+FLOATS = "expected float16, bfloat16, float32 or float64"
+
+
+def tensors(query=QUERY, key=KEY, value=VALUE, mask=None):
+    made = {"query": torch.ones(query), "key": torch.ones(key), "value": torch.ones(value)}
+    return made if mask is None else made | {"mask": torch.ones(mask)}
+
+
+def with_dtypes(**dtypes):
+    return {name: tensor.to(dtypes.get(name)) for name, tensor in tensors(mask=(5, 7)).items()}
+
+
+SHAPES = {
+    "key has shape []; expected [..., tokens, width]": tensors(key=()),
+    "query has shape [8]; expected [..., tokens, width]": tensors(query=(8,)),
+    "key has shape [2, 4, 7, 8]; expected leading dimensions [2, 3], those of query": tensors(key=(2, 4, 7, 8)),
+    "value has shape [1, 3, 7, 4]; expected leading dimensions [2, 3], those of query": tensors(value=(1, 3, 7, 4)),
+    "value has shape [3, 7, 4]; expected leading dimensions [2, 3], those of query": tensors(value=(3, 7, 4)),
+    "key has shape [2, 3, 7, 9]; expected width 8, that of query": tensors(key=(2, 3, 7, 9)),
+    "query has shape [1, 5, 0]; expected a width of at least 1": tensors((1, 5, 0), (1, 7, 0), (1, 7, 4)),
+    "key has shape [2, 3, 0, 8]; expected at least one key": tensors(key=(2, 3, 0, 8), value=(2, 3, 0, 4)),
+    "value has shape [2, 3, 6, 4]; expected 7 tokens, one for each key": tensors(value=(2, 3, 6, 4)),
+    "mask has shape [5, 6]; expected one that broadcasts to [2, 3, 5, 7]": tensors(mask=(5, 6)),
+    "mask has shape [7, 5]; expected one that broadcasts to [2, 3, 5, 7]": tensors(mask=(7, 5)),
+    "mask has shape [2, 5, 7]; expected one that broadcasts to [2, 3, 5, 7]": tensors(mask=(2, 5, 7)),
+    "mask has shape [1, 2, 3, 5, 7]; expected one that broadcasts to [2, 3, 5, 7]": tensors(mask=(1, *QUERY[:3], 7)),
+    "mask has shape [0, 7]; expected one that broadcasts to [2, 3, 5, 7]": tensors(mask=(0, 7)),
+}
+DTYPES = {
+    f"query [2, 3, 5, 8] is torch.int64; {FLOATS}": with_dtypes(query=torch.int64, key=torch.int64),
+    f"query [2, 3, 5, 8] is torch.bool; {FLOATS}": with_dtypes(query=torch.bool, key=torch.bool),
+    f"query [2, 3, 5, 8] is torch.complex64; {FLOATS}": with_dtypes(query=torch.complex64, key=torch.complex64),
+    f"value [2, 3, 7, 4] is torch.int32; {FLOATS}": with_dtypes(value=torch.int32),
+    "key [2, 3, 7, 8] is torch.float16; expected torch.float32, the dtype of query": with_dtypes(key=torch.float16),
+    "key [2, 3, 7, 8] is torch.int64; expected torch.float32, the dtype of query": with_dtypes(key=torch.int64),
+    "value [2, 3, 7, 4] is torch.float64; expected torch.float32, the dtype of query, or half beside float32 queries": (
+        with_dtypes(value=torch.float64)
+    ),
+    "value [2, 3, 7, 4] is torch.float16; expected torch.bfloat16, the dtype of query, or half beside float32 queries": (
+        with_dtypes(query=torch.bfloat16, key=torch.bfloat16, value=torch.float16)
+    ),
+    "mask [5, 7] is torch.uint8; expected bool or a floating-point dtype": with_dtypes(mask=torch.uint8),
+}
+PLACES = {
+    f"{name} {list(shape)} is on meta; expected cpu, where query is": tensors(mask=(5, 7)) | {name: torch.ones(shape)}
+    for name, shape in (("key", KEY), ("value", VALUE), ("mask", (5, 7)))
+}
+for message, arguments in PLACES.items():
+    arguments[message.split()[0]] = arguments[message.split()[0]].to("meta")
+NO_TENSORS = {
+    "query is a NoneType; expected a tensor": tensors() | {"query": None},
+    "value is a list; expected a tensor": tensors() | {"value": [[1.0]]},
+    "mask is a bool; expected a tensor": tensors() | {"mask": True},
+}
+WRONG = SHAPES | DTYPES | PLACES | NO_TENSORS
+
+
+@pytest.mark.parametrize("message, arguments", WRONG.items(), ids=WRONG)
+def test_what_makes_no_attention_is_refused_in_words(message, arguments):
+    with pytest.raises(ValueError) as refused:
+        attention(**arguments)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("message, arguments", SHAPES.items(), ids=SHAPES)
+def test_plan_refuses_shapes_in_the_same_words(message, arguments):
+    mask = arguments.get("mask")
+    more = {} if mask is None else {"mask_shape": mask.shape, "mask_dtype": mask.dtype}
+    with pytest.raises(ValueError) as refused:
+        plan(*(arguments[name].shape for name in ("query", "key", "value")), torch.float32, "cpu", **more)
+    assert str(refused.value) == message
+
+
+def test_a_mask_without_a_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"mask \[5, 7\] is None; expected bool or a floating-point dtype"):
+        plan(QUERY, KEY, VALUE, torch.float32, "cpu", mask_shape=(5, 7))
+
+
+@pytest.mark.parametrize(
+    "leading, sizes",
+    [((), (1, 1)), ((6,), (1, 6)), ((2, 3), (2, 3)), ((4, 2, 3), (8, 3)), ((5, 4, 2, 3), (40, 3)), ((0, 3), (0, 3))],
+)
+def test_leading_dimensions_become_batch_and_heads(leading, sizes):
+    shapes = [(*leading, *shape[-2:]) for shape in (QUERY, KEY, VALUE)]
+    problem = Problem.from_shapes(*shapes, torch.float16, "cpu")
+    assert (problem.batch, problem.heads) == sizes
+    assert (problem.queries, problem.keys, problem.width, problem.value_width) == (5, 7, 8, 4)
+    assert problem.output_bytes == sizes[0] * sizes[1] * 5 * 4 * 2
+
+
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (4, 2, 3), (5, 4, 2, 3)])
+def test_a_mask_has_the_sizes_that_the_problem_says(leading):
+    """What plans reckon with is what engines get."""
+    scores = (*leading, 5, 7)
+    for dimensions in range(len(scores) + 1):
+        for mask in itertools.product(*((1, size) for size in scores[len(scores) - dimensions :])):
+            shapes = [(*leading, *shape[-2:]) for shape in (QUERY, KEY, VALUE)]
+            problem = Problem.from_shapes(*shapes, torch.float32, "cpu", mask_shape=mask, mask_dtype=torch.float32)
+            assert mask_with_four_dimensions(torch.ones(mask), leading).shape == problem.mask
+            torch.broadcast_shapes(problem.mask, (problem.batch, problem.heads, 5, 7))
+
+
+def test_gradients_are_asked_for_where_they_are_recorded():
+    query, key, value, mask = with_dtypes().values()
+    assert not Problem.of(query, key, value, mask).grad
+    for tensor in (query, key, value, mask):
+        tensor.requires_grad_()
+        problem = Problem.of(query, key, value, mask)
+        assert problem.grad and problem.mask_grad == (tensor is mask)
+        with torch.no_grad():
+            problem = Problem.of(query, key, value, mask)
+            assert not problem.grad and not problem.mask_grad
+        tensor.requires_grad_(False)

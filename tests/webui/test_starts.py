@@ -1,0 +1,110 @@
+"""The web UI started in other ways: with its settings frozen, by its flags, and with its page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from lib_subquad.settings import OPTIONS
+
+TITLE = "subquad - fast attention within a memory limit"
+SLOW = 120_000  # milliseconds; a test machine may be busy
+
+
+def test_frozen_settings_and_the_hosts_own_flags(webui):
+    """Automatic takes ours for the built-in's flag, with its chunk size for a default; nothing can be set."""
+    (webui.data / "config.json").unlink(missing_ok=True)
+    flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
+    with webui.running(*flags) as server:
+        assert "Applying attention optimization: subquad... done." in server.log
+        assert server.options()["subquad_query_chunk"] == 96
+        image, infotext = server.generate()
+        assert "Subquad query chunk: 96" in infotext
+        assert server.status()["active"] and server.status()["query_chunk"] == 96
+        assert np.ptp(image) > 50
+        assert "lib_subquad" not in server.log  # as the lines of a traceback would have it
+        with pytest.raises(AssertionError, match="changing settings is disabled"):
+            server.generate(override_settings={"subquad_query_chunk": 64})
+        assert "Subquad query chunk: 96" in server.generate()[1]
+
+
+def test_automatic_without_flags_is_the_hosts_own_choice(webui):
+    (webui.data / "config.json").unlink(missing_ok=True)
+    with webui.running("--nowebui") as server:
+        assert not server.status()["active"]
+        server.select("Automatic")
+        assert not server.status()["active"]
+
+
+@pytest.fixture(scope="module")
+def page(webui):
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as running:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if path is None and not os.path.exists(running.chromium.executable_path):
+            pytest.skip("there is neither a system Chromium nor Playwright's own")
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        (webui.data / "config.json").unlink(missing_ok=True)
+        with webui.running() as server:
+            server.select(TITLE)  # before there is a page: what it shows is what it applies
+            page = chromium.new_page()
+            page.set_default_timeout(SLOW)
+            page.server = server
+            open_settings(page)
+            yield page
+        chromium.close()
+
+
+def open_settings(page) -> None:
+    page.goto(page.server.url, wait_until="domcontentloaded")
+    page.wait_for_selector("#txt2img_generate")
+    page.locator("#tabs > .tab-nav button", has_text="Settings").click()
+
+
+def open_section(page, title: str) -> None:
+    page.locator("#settings button", has_text=title).first.click()
+
+
+def apply(page) -> str:
+    page.click("#settings_submit")
+    page.wait_for_function("document.querySelector('#settings_result').innerText.includes('changed')")
+    return page.locator("#settings_result").last.inner_text()
+
+
+def test_the_section_shows_every_setting_with_its_help(page):
+    open_section(page, "Sub-quadratic attention")
+    shown = page.locator("#settings_subquad")
+    shown.get_by_text(OPTIONS["retry"].help).wait_for()  # help comes by JavaScript
+    for name, option in OPTIONS.items():
+        assert page.locator(f"#setting_subquad_{name}").first.is_visible()
+        assert option.label in shown.inner_text() and option.help in shown.inner_text()
+
+
+def test_apply_takes_effect_at_the_next_image(page):
+    open_section(page, "Sub-quadratic attention")
+    number = page.locator("#setting_subquad_query_chunk input[type=number]")
+    number.fill("192")
+    number.press("Tab")
+    assert "subquad_query_chunk" in apply(page)
+    _, infotext = page.server.generate()
+    assert "Subquad query chunk: 192" in infotext and page.server.status()["query_chunk"] == 192
+
+
+def test_reload_ui(page):
+    """Our entry is in force as before, once, and its settings are drawn once."""
+    server = page.server
+    image, _ = server.generate()
+    applied = server.log.count("Applying attention optimization: subquad")
+    page.click("#settings_restart_gradio")
+    server.wait_for("Startup time:", times=server.log.count("Startup time:") + 1)
+    again, _ = server.generate()
+    assert np.abs(again - image).max() == 0
+    assert server.log.count("Applying attention optimization: subquad") == applied + 1
+    assert server.status()["active"] and server.status()["calls"] > 0
+    open_settings(page)
+    open_section(page, "Sub-quadratic attention")
+    assert page.locator("#settings_subquad #setting_subquad_engine").count() == 1
+    assert "lib_subquad" not in server.log  # as the lines of a traceback would have it
