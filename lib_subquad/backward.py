@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import device as devices
 from .engines import Sizes
@@ -44,8 +43,11 @@ class ChunkedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
+        if torch.is_grad_enabled():  # once_differentiable would let them pass as constants where grad_output is one
+            raise RuntimeError(
+                "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never'"
+            )
         attempts = Attempts(*ctx.call)
         with devices.without_autocast(grad_output.device):
             while attempts.pending:

@@ -35,6 +35,15 @@ def peak_bytes():
     return most_bytes_held
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files of small tensors only: they gain nothing from more threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def attention_in_float64(query, key, value, mask=None, scale=None):
     query, key, value = query.double(), key.double(), value.double()
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)

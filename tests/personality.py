@@ -1,16 +1,20 @@
-"""Devices that are not here, by their personality: a mode that sees every operator and knows what they forbid.
+"""Devices that are not here, by their personality: modes that see every operator and know what a device forbids, or
+run out of memory on demand.
 
 The facts stand here a second time, apart from `lib_subquad.device.RULES`: a rule that is dropped there is noticed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from lib_subquad import retry
 
 PRODUCTS = ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "addmm_", "addbmm", "addbmm_")
 
@@ -87,3 +91,55 @@ def tensors_in(*trees) -> list[Tensor]:
 
 def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+TEXT = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1610612736 bytes"
+
+
+class FailAt(TorchDispatchMode):
+    """Runs out of memory at one operator: before it has run, or (`halfway`) once it has written its result."""
+
+    def __init__(self, number: int | None, halfway: bool = False) -> None:
+        super().__init__()
+        self.number, self.halfway, self.names, self.failed = number, halfway, [], ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        mine = len(self.names) == self.number
+        self.names.append(function.overloadpacket.__name__)
+        if mine:
+            self.failed = self.names[-1]
+        if mine and not self.halfway:
+            raise RuntimeError(TEXT)
+        result = function(*args, **(kwargs or {}))
+        if mine:
+            raise RuntimeError(TEXT)
+        return result
+
+
+class FailOver(TorchDispatchMode):
+    """Runs out of memory whenever an operator makes a tensor of more than `limit` bytes."""
+
+    def __init__(self, limit: int, error: Exception | None = None) -> None:
+        super().__init__()
+        self.limit, self.error, self.failures = limit, error or RuntimeError(TEXT), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {storage_of(tensor) for tensor in tensors_in(args, kwargs or {})}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if storage_of(tensor) not in before and tensor.untyped_storage().nbytes() > self.limit:
+                self.failures += 1
+                raise self.error
+        return result
+
+
+@contextlib.contextmanager
+def alone():
+    """Nothing remembered, and one thread: on a busy machine two wait for each other at every small operator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    retry.forget()
+    yield
+    retry.forget()
+    torch.set_num_threads(threads)

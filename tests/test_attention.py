@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lib_subquad import Plan, Settings, attention
 from lib_subquad.settings import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 UPCAST = OPTIONS["upcast"].choices
@@ -30,15 +31,6 @@ LAYOUTS = {
     "a slice": lambda tensor: torch.cat((tensor, tensor, tensor), -2)[..., tensor.shape[-2] : 2 * tensor.shape[-2], :],
     "all tokens alike": lambda tensor: tensor[..., :1, :].expand_as(tensor),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors as small as these gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PLANS.values(), ids=PLANS)

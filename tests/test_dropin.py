@@ -17,6 +17,10 @@ from hypothesis import strategies as st
 
 from lib_subquad import attention, efficient_dot_product_attention
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:torch.utils.checkpoint", "ignore:None of the inputs"),  # of the peers
+]
 SEED = Path(__file__).parents[2] / "shared" / "seed" / "sub_quadratic_attention.md"
 close = {"atol": 2e-6, "rtol": 0.0}
 
@@ -84,11 +88,11 @@ def test_like_the_seed_over_its_parameters(seed, data):
 
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_like_the_seed_over_a_grid_of_chunks(seed, checkpointed):
-    call = tensors(2, 130, 77, 40)
-    parts = (None, 0, 1, 8, 76, 77, 78, 20000)
-    for query_chunk, kv_chunk, least in itertools.product((1, 64, 129, 130, 131, 20000), parts, parts):
-        if query_chunk == 1 and (kv_chunk == 1 or least == 1):
-            continue  # ten thousand steps
+    call = tensors(2, 50, 37, 40)
+    parts = (None, 0, 1, 8, 36, 37, 38, 20000)
+    for query_chunk, kv_chunk, least in itertools.product((1, 16, 49, 50, 51, 20000), parts, parts):
+        if query_chunk == 1 and kv_chunk == 1:
+            continue  # thousands of steps
         chunks = (query_chunk, kv_chunk, least, checkpointed)
         torch.testing.assert_close(efficient_dot_product_attention(*call, *chunks), seed(*call, *chunks), **close)
 
@@ -135,7 +139,7 @@ def test_the_web_uis_call(reference):
 @pytest.mark.parametrize("size", [16384, 16385, 10**9, 2**70])
 def test_chunks_beyond_every_slider(reference, size):
     call = tensors(1, 16500, 3, 4)
-    assert torch.equal(efficient_dot_product_attention(*call, size), attention(*call))
+    torch.testing.assert_close(efficient_dot_product_attention(*call, size), attention(*call), **close)
     query, key, value = tensors(1, 3, 16500, 4)
     for chunks in ((size, size), (size, 64, size)):
         output = efficient_dot_product_attention(query, key, value, *chunks)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from lib_subquad import Settings, attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [  # batch, heads, queries, keys, width
     (1, 4, 64, 64, 40),
@@ -27,14 +29,11 @@ PLANS = {
     "portable": Settings(engine="portable"),
     "portable chunks": Settings(engine="portable", query_chunk=16, kv_chunk=32),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+RATED = ("automatic", "portable", "portable chunks")  # with query chunks, fused is PyTorch's own on fewer rows
+# In float32 the largest error is that of the one row whose two best keys are closest to a tie, and moves tenfold with
+# the order in which products are summed. PyTorch's own error is then the largest of as many orders. Half precision
+# rounds every result, and needs no such allowance.
+ORDERS = {torch.float32: 4}
 
 
 def inputs(shape, dtype, scale, seed):
@@ -55,13 +54,16 @@ def pytorch_has(dtype) -> bool:
     return True
 
 
-def pytorchs(tensors):
-    """PyTorch's attention in the dtype of the tensors; where it has none, in float32 and then rounded, which no
-    attention in that dtype can beat by much."""
-    dtype = tensors[0].dtype
-    if not pytorch_has(dtype):
-        tensors = [tensor.float() for tensor in tensors]
-    return F.scaled_dot_product_attention(*tensors).to(dtype)
+def pytorchs(tensors, order):
+    """PyTorch's attention in the dtype of the tensors, over channels and keys in the order of this number, 0 being as
+    they are. Where PyTorch has none in this dtype, that in float32, rounded: no attention can do much better."""
+    query, key, value = tensors
+    if order:
+        generator = torch.Generator().manual_seed(order)
+        width, keys = (torch.randperm(size, generator=generator) for size in (query.shape[-1], key.shape[-2]))
+        query, key, value = query[..., width], key[..., keys, :][..., width], value[..., keys, :]
+    compute = query.dtype if pytorch_has(query.dtype) else torch.float32
+    return F.scaled_dot_product_attention(*(tensor.to(compute) for tensor in (query, key, value))).to(query.dtype)
 
 
 def ulp(magnitude: float, dtype) -> float:
@@ -70,28 +72,33 @@ def ulp(magnitude: float, dtype) -> float:
     return 2.0 ** math.floor(math.log2(max(magnitude, info.tiny))) * info.eps
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_beside_pytorchs_own(reference, dtype, plan):
-    worst = (0.0, None)
+def test_error_beside_pytorchs_own(reference, dtype, scale):
+    figures = []
     for shape in SHAPES:
-        for scale in SCALES:
-            ours, theirs, floor = [], [], []
-            for seed in range(SEEDS):
-                tensors = inputs(shape, dtype, scale, seed)
-                wanted = reference(*tensors)
-                output = attention(*tensors, settings=PLANS[plan])
-                assert output.isfinite().all() and wanted.isfinite().all()
-                ours.append((output.double() - wanted).abs().max().item())
-                theirs.append((pytorchs(tensors).double() - wanted).abs().max().item())
-                floor.append(ulp(wanted.abs().max().item(), dtype))
-            ratio = statistics.median(ours) / max(statistics.median(theirs), statistics.median(floor))
-            worst = max(worst, (ratio, (shape, scale)), key=lambda found: found[0])
-    print(
-        f"\n{str(dtype).removeprefix('torch.')}, {plan}: at most {worst[0]:.2f} x PyTorch's error, at {worst[1]}",
-        end="",
-    )
-    assert worst[0] <= ALLOWED, worst
+        ours, theirs, as_they_are = {name: [] for name in RATED}, [], []
+        for seed in range(SEEDS):
+            tensors = inputs(shape, dtype, scale, seed)
+            wanted = reference(*tensors)
+            error = lambda output: (output.double() - wanted).abs().max().item()  # noqa: B023, E731
+            floor = ulp(wanted.abs().max().item(), dtype)
+            found = [error(pytorchs(tensors, order)) for order in range(ORDERS.get(dtype, 1))]
+            theirs.append(max(*found, floor))
+            as_they_are.append(max(found[0], floor))
+            for name, settings in PLANS.items():
+                output = attention(*tensors, settings=settings)
+                assert wanted.isfinite().all() and output.isfinite().all(), (shape, name)
+                if name in RATED:
+                    ours[name].append(error(output))
+        for name, errors in ours.items():
+            ratio, strict = (statistics.median(errors) / statistics.median(peer) for peer in (theirs, as_they_are))
+            figures.append((ratio, strict, name, shape))
+    for name in RATED:
+        ratio, strict = (max(found[n] for found in figures if found[2] == name) for n in (0, 1))
+        print(f"\n{dtype}, N(0, {scale:g}²), {name}: {ratio:.2f} x PyTorch's error ({strict:.2f} in order)", end="")
+        assert ratio <= ALLOWED, (name, figures)
+        assert strict <= ALLOWED or name != "automatic", figures
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -100,17 +107,14 @@ def test_largest_numbers_of_a_dtype(reference, dtype, plan):
     """No NaN and no infinity where float64 has none, up to half of the largest number in q, k and v at once."""
     largest = min(torch.finfo(dtype).max / 2, 1e18)
     query, key, value = (tensor.clamp(-1, 1).mul(largest) for tensor in inputs((1, 2, 40, 70, 8), dtype, 1.0, 0))
-    for width in (1, 8):
-        query[..., width:] = 0.0
-        output = attention(query, key, value, settings=PLANS[plan])
-        assert output.isfinite().all()
-        if width == 1:  # scores of one product each, so that float32 and float64 pick the same key
-            wanted = reference(query, key, value)
-            assert (output.double() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * largest
+    assert attention(query, key, value, settings=PLANS[plan]).isfinite().all()
+    query[..., 1:] = 0.0  # scores of one product each, so that float32 and float64 pick the same key
+    output, wanted = attention(query, key, value, settings=PLANS[plan]), reference(query, key, value)
+    assert (output.double() - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * largest
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_score_past_the_largest_half(reference, dtype):
+def test_a_score_past_the_largest_half(dtype):
     """Dot products of 80,000, as SD 2.1's 768 model makes them, are past fp16's 65,504: black images elsewhere."""
     query, key, value = inputs((1, 2, 40, 70, 64), dtype, 1.0, 1)
     query[...], key[:, :, 11] = 35.0, 36.0

@@ -49,7 +49,7 @@ DTYPES = {
     "value [2, 3, 7, 4] is torch.float64; expected torch.float32, the dtype of query, or half beside float32 queries": (
         with_dtypes(value=torch.float64)
     ),
-    "value [2, 3, 7, 4] is torch.float16; expected torch.bfloat16, the dtype of query, or half beside float32 queries": (
+    "value [2, 3, 7, 4] is torch.float16; expected torch.bfloat16, the dtype of query, or half beside float32 queries": (  # noqa: E501
         with_dtypes(query=torch.bfloat16, key=torch.bfloat16, value=torch.float16)
     ),
     "mask [5, 7] is torch.uint8; expected bool or a floating-point dtype": with_dtypes(mask=torch.uint8),

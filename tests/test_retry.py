@@ -1,0 +1,155 @@
+"""Going on after an out-of-memory: what is done again, what is raised, what is remembered and what is said."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from lib_subquad import Settings, attention, plan, retry
+from lib_subquad import device as devices
+from lib_subquad.engines import portable
+from tests.personality import TEXT, FailAt, FailOver, alone
+
+
+@pytest.fixture(autouse=True)
+def by_itself():
+    with alone():
+        yield
+
+
+def exact(query, key, value):
+    return torch.softmax(query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5, -1) @ value
+
+
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_no_tensor_may_be_large(checkpointing):
+    """The workspace shrinks until it fits, forward and backward."""
+    query, key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (64, 256, 256))
+    right = exact(query, key, value)
+    plans, settings = [], Settings(engine="portable", checkpointing=checkpointing)
+    limit = 17000 if checkpointing == "always" else 70000  # the gradients of key and value alone have 16384 bytes
+    with FailOver(limit) as device:
+        output = attention(query, key, value, settings=settings, report=plans.append)
+        gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    assert device.failures >= 1 and plans[0].retries >= 1
+    for found, expected in zip((output, *gradients), (right, *torch.autograd.grad(right.sum(), (query, key, value)))):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_is_written_stays(monkeypatch):
+    query, key, value = (torch.randn(1, 2, tokens, 8) for tokens in (64, 256, 256))
+    attend, rows = portable.attend, []
+
+    def failing(problem, sizes, chunk, *rest):
+        rows.append(chunk.shape[2])
+        if len(rows) == 3:
+            raise RuntimeError(TEXT)
+        return attend(problem, sizes, chunk, *rest)
+
+    monkeypatch.setattr(portable, "attend", failing)
+    settings = Settings(engine="portable", query_chunk=16, kv_chunk=64)
+    output = attention(query, key, value, settings=settings)
+    assert rows[:3] == [16, 16, 16] and sum(rows) == 64 + 16  # one chunk came again, and nothing else
+    assert torch.allclose(output, exact(query, key, value), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- what is raised
+
+OUT_OF_MEMORY = [
+    "CUDA out of memory. Tried to allocate 20.00 MiB",
+    "MPS backend out of memory (MPS allocated: 18.00 GB)",
+    "Invalid buffer size: 16.00 GB",
+    "[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    "[enforce fail at alloc_cpu.cpp:72] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+    "Allocation is out of device memory on current platform.",
+    "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "Could not allocate tensor with 1610612736 bytes. There is not enough GPU video memory available!",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+]
+ERRORS = [*(RuntimeError(text) for text in OUT_OF_MEMORY), torch.cuda.OutOfMemoryError("CUDA"), MemoryError()]
+OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_every_form_of_out_of_memory(error):
+    """Known for what it is; one that persists ends in the device's own error and a line that says what was tried."""
+    assert devices.is_out_of_memory(error)
+    text = str(error)
+    query, key, value = (torch.randn(1, 2, tokens, 8) for tokens in (4, 128, 128))
+    attention(query, key, value)
+    with pytest.raises(type(error)) as raised, FailOver(0, error) as device:
+        attention(query, key, value)
+    assert type(raised.value) is type(error) and str(raised.value).startswith(text)
+    line = str(raised.value).splitlines()[-1]
+    assert "1 queries x 64 keys" in line and f"{device.failures - 1} times" in line
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=repr)
+def test_other_errors_pass(error):
+    assert not devices.is_out_of_memory(error)
+    text = str(error)
+    attention(*torch.randn(3, 1, 2, 64, 8))
+    with pytest.raises(type(error)) as raised, FailOver(0, error) as device:
+        attention(*torch.randn(3, 1, 2, 64, 8))
+    assert str(raised.value) == text and device.failures == 1
+
+
+def test_retry_can_be_turned_off():
+    attention(*torch.randn(3, 1, 2, 64, 8))
+    with pytest.raises(RuntimeError) as raised, FailOver(0) as device:
+        attention(*torch.randn(3, 1, 2, 64, 8), settings=Settings(retry=False))
+    assert str(raised.value) == TEXT and device.failures == 1
+
+
+# ------------------------------------------------------------------------------------------------ what is remembered
+
+
+def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, caplog):
+    free = []
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free[-1])
+    query, key, value = torch.randn(3, 1, 2, 256, 8)
+    plans, failures = [], []
+    for mebibytes in (1000, 1000, 500, 1200, 1200):
+        free.append(mebibytes << 20)
+        with FailOver(40000) as device:
+            attention(query, key, value, settings=Settings(engine="portable"), report=plans.append)
+        failures.append(device.failures)
+    assert failures[0] > 0 and failures[1:3] == [0, 0] and failures[3] > 0 and failures[4] == 0
+    assert [plan.retries > 0 for plan in plans] == [count > 0 for count in failures]
+    assert plans[0].sizes == plans[1].sizes == plans[2].sizes
+    other = attention(query[..., :200, :], key, value, settings=Settings(engine="portable"), report=plans.append)
+    assert plans[-1].retries == 0 and other.shape[2] == 200  # another shape remembers for itself
+    assert len(caplog.records) == 1
+
+
+def test_a_failure_while_asking_for_a_kernel_is_no_answer():
+    query, key, value = torch.randn(3, 1, 2, 33, 8)
+    with FailAt(0) as device:
+        attention(query, key, value)
+    assert device.failed == "zeros"
+    plans = []
+    attention(query, key, value, report=plans.append)
+    fresh = plan(query.shape, key.shape, value.shape, query.dtype, query.device)
+    assert plans[0].reasons == fresh.reasons and "does not say" not in str(fresh)
+
+
+def test_two_threads_that_both_run_out():
+    query, key, value = (torch.randn(1, 2, tokens, 8) for tokens in (10, 70, 70))
+    right, wrong = exact(query, key, value), []
+
+    def work():
+        for _ in range(30):
+            with FailOver(3000):
+                output = attention(query, key, value, settings=Settings(engine="portable"))
+            if not torch.allclose(output, right, atol=1e-5):
+                wrong.append(output)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and retry._remembered
