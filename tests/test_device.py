@@ -83,7 +83,6 @@ def test_a_device_is_never_asked_for_what_it_forbids(kind, settings, pretend):
 def test_nor_while_training(kind, checkpointing, pretend):
     settings = {"engine": "portable", "checkpointing": checkpointing, **HUGE_CHUNKS}
     for name, mask in masks().items():
-        # An upcast that autograd makes in float64 is none of ours: half inputs stay half.
         assert not call(pretend(kind), grad=True, mask=mask, **settings), name
     if kind == "mps":  # with no cap, a group has several heads, whose strides are another matter
         personality = pretend(kind, largest_elements=None, largest_bytes=1 << 40)
@@ -127,12 +126,12 @@ def test_the_personality_sees_what_no_rule_switches(operator):
     assert any(("beta" if operator == "baddbmm" else "float64") in words for words in personality.complaints)
 
 
-def test_keys_are_split_when_one_row_is_too_large(pretend):
+@pytest.mark.parametrize("caps", [{"elements": 1000, "bytes": 1 << 40}, {"elements": 1 << 40, "bytes": 4000}], ids=str)
+def test_keys_are_split_when_one_row_is_too_large(caps, pretend):
     plans = []
     query, key, value = (torch.randn(1, tokens, 4) for tokens in (3, 20000, 20000))
-    value_bytes_allowed = 4096
-    personality = pretend("mps", largest_elements=1000, largest_bytes=value_bytes_allowed)
-    personality.forbidden = replace(personality.forbidden, elements=1000, bytes=value_bytes_allowed)
+    personality = pretend("mps", largest_elements=caps["elements"], largest_bytes=caps["bytes"])
+    personality.forbidden = replace(personality.forbidden, **caps)
     with personality:
         output = attention(query, key, value, settings=Settings(**HUGE_CHUNKS), report=plans.append)
     assert not personality.complaints

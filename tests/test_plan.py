@@ -204,7 +204,7 @@ def test_any_plan(call):
         ("query", min(settings.query_chunk, problem.queries), made.query_chunk),
         ("key/value", min(settings.kv_chunk, problem.keys), made.kv_chunk),
     ):
-        assert not asked or used == max(asked, used) or f"the {name} chunk size of {asked} is" in words
+        assert not asked or used == asked or f"the {name} chunk size of {asked} is" in words
 
 
 def test_a_plan_in_words():
@@ -245,7 +245,8 @@ def make(shape, dtypes, mask):
     value = torch.randn(batch, heads, keys, value_width)
     if mask is not None:
         sizes = {"keys": (batch, 1, 1, keys), "one head": (queries, keys), "heads": (1, heads, 1, keys)}
-        mask = torch.randn(sizes.get(mask[0], (batch, heads, queries, keys))).to(mask[1])
+        numbers = torch.randn(sizes.get(mask[0], (batch, heads, queries, keys)))
+        mask = numbers > 0 if mask[1] == torch.bool else numbers.to(mask[1])
     return query.to(dtype), key.to(dtype), value.to(value_dtype), mask
 
 
@@ -253,7 +254,7 @@ def make(shape, dtypes, mask):
 def test_workspace_is_what_a_call_takes(peak_bytes, shape):
     """Within 25 % over the grid, of which each run takes the same sample."""
     grid = [case for case in GRID if case[0] == shape]
-    for case in random.Random(1).sample(grid, 16):
+    for case in random.Random(1).sample(grid, 9):
         _, dtypes, mask, (query_chunk, kv_chunk), engine = case
         query, key, value, mask = make(shape, dtypes, mask)
         settings = Settings(query_chunk=query_chunk, kv_chunk=kv_chunk, engine=engine, upcast=dtypes[2])
@@ -261,11 +262,8 @@ def test_workspace_is_what_a_call_takes(peak_bytes, shape):
         call = (query, key, value)
         peak = peak_bytes(lambda: attention(*call, mask=mask, settings=settings, report=made.append))  # noqa: B023
         measured = peak - Problem.of(*call, mask).output_bytes
-        assert abs(made[0].workspace_bytes - measured) <= 0.25 * measured + MIB / 8, (
-            case,
-            str(made[0]),
-            measured / MIB,
-        )
+        found = (case, str(made[0]), f"{measured / MIB:.2f} MiB measured")
+        assert abs(made[0].workspace_bytes - measured) <= 0.25 * measured + MIB / 8, found
 
 
 @pytest.mark.parametrize("engine", ["automatic", "portable"])
@@ -274,7 +272,7 @@ def test_no_limit_that_fits_one_row_is_broken(monkeypatch, peak_bytes, engine, d
     query, key, value, _ = make((1, 4, 400, 600, 64, 64), dtypes, None)
     settings = Settings(engine=engine, memory_limit=100)
     fitted = 0
-    for limit in (MIB // 2, MIB, 2 * MIB, 3 * MIB, 5 * MIB, 9 * MIB):
+    for limit in (MIB // 2, MIB, 2 * MIB, 5 * MIB, 9 * MIB):
         monkeypatch.setattr(devices, "free_bytes", lambda device, limit=limit: limit)
         made = []
         peak = peak_bytes(lambda made=made: attention(query, key, value, settings=settings, report=made.append))
@@ -283,4 +281,4 @@ def test_no_limit_that_fits_one_row_is_broken(monkeypatch, peak_bytes, engine, d
         if made[0].workspace_bytes <= limit:
             fitted += 1
             assert taken <= limit + MIB / 8
-    assert fitted >= 5
+    assert fitted >= 4

@@ -12,6 +12,7 @@ from lib_subquad.problem import Problem, mask_with_four_dimensions
 
 QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
 FLOATS = "expected float16, bfloat16, float32 or float64"
+OR_HALF = "the dtype of query, or half beside float32 queries"
 
 
 def tensors(query=QUERY, key=KEY, value=VALUE, mask=None):
@@ -46,10 +47,8 @@ DTYPES = {
     f"value [2, 3, 7, 4] is torch.int32; {FLOATS}": with_dtypes(value=torch.int32),
     "key [2, 3, 7, 8] is torch.float16; expected torch.float32, the dtype of query": with_dtypes(key=torch.float16),
     "key [2, 3, 7, 8] is torch.int64; expected torch.float32, the dtype of query": with_dtypes(key=torch.int64),
-    "value [2, 3, 7, 4] is torch.float64; expected torch.float32, the dtype of query, or half beside float32 queries": (
-        with_dtypes(value=torch.float64)
-    ),
-    "value [2, 3, 7, 4] is torch.float16; expected torch.bfloat16, the dtype of query, or half beside float32 queries": (  # noqa: E501
+    f"value [2, 3, 7, 4] is torch.float64; expected torch.float32, {OR_HALF}": (with_dtypes(value=torch.float64)),
+    f"value [2, 3, 7, 4] is torch.float16; expected torch.bfloat16, {OR_HALF}": (
         with_dtypes(query=torch.bfloat16, key=torch.bfloat16, value=torch.float16)
     ),
     "mask [5, 7] is torch.uint8; expected bool or a floating-point dtype": with_dtypes(mask=torch.uint8),

@@ -35,6 +35,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if problem.mask is not None and not _masks_are_right():
         reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
+    if _is_wider(problem.mask_dtype, problem.upcast_dtype):
+        reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
         return reasons or list(_kernel_reasons(problem, _switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
@@ -85,6 +87,10 @@ def attend(
     query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return output.to(problem.value_dtype), None
+
+
+def _is_wider(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
+    return mask is not None and mask != torch.bool and item_bytes(mask) > item_bytes(dtype)
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,8 +23,9 @@ LOG2_E = math.log2(math.e)
 # Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
 # twenty times as long.
 SMALLEST_EXPONENT = -100.0
-# A sum of weights this large says that the maximum assumed for a part was far too small.
-LARGEST_SUM = 1e18
+# A sum of weights this large says that the maximum assumed for a part was too small: more than any number of keys
+# gives, and far from where weighted values would overflow.
+LARGEST_SUM = 1e9
 
 
 def why_not(problem: Problem) -> list[str]:
