@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from lib_subquad import attention, efficient_dot_product_attention
+from lib_subquad.lab.peers import Unsupported, without_its_package
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,18 +38,11 @@ def seed():
 @pytest.fixture(scope="module")
 def package():
     """The torch function of the package memory-efficient-attention, whose own __init__ imports JAX."""
-    name = "memory_efficient_attention"
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        pytest.skip("memory-efficient-attention is not installed")
-    bare = types.ModuleType(name)
-    bare.__path__ = list(spec.submodule_search_locations)
-    before = {key: module for key, module in sys.modules.items() if key.partition(".")[0] == name}
-    sys.modules[name] = bare
-    yield importlib.import_module(f"{name}.attention_torch").efficient_dot_product_attention
-    for key in [key for key in sys.modules if key.partition(".")[0] == name]:
-        del sys.modules[key]
-    sys.modules.update(before)
+    try:
+        module = without_its_package("memory_efficient_attention", "attention_torch")
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    return module.efficient_dot_product_attention
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

@@ -80,7 +80,7 @@ def _only_the_math_kernel():
 
 
 def _memory_efficient_attention(problem: Problem) -> Attention:
-    attend = _without_its_package("memory_efficient_attention", "attention_torch").efficient_dot_product_attention
+    attend = without_its_package("memory_efficient_attention", "attention_torch").efficient_dot_product_attention
 
     def attend_heads_last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -89,7 +89,7 @@ def _memory_efficient_attention(problem: Problem) -> Attention:
     return attend_heads_last
 
 
-def _without_its_package(package: str, module: str) -> types.ModuleType:
+def without_its_package(package: str, module: str) -> types.ModuleType:
     """A module of a package whose own `__init__` is not run: this one's imports JAX, which torch users lack."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -97,6 +97,7 @@ def _without_its_package(package: str, module: str) -> types.ModuleType:
     if package not in sys.modules:
         bare = types.ModuleType(package)
         bare.__path__ = list(spec.submodule_search_locations)
+        bare.__spec__ = spec  # find_spec() asks for it the next time
         sys.modules[package] = bare
     return importlib.import_module(f"{package}.{module}")
 

@@ -142,7 +142,7 @@ def test_a_short_soak(host):
     """`python -m tests.soak` in little; the whole of it makes a thousand images."""
     from tests import soak
 
-    report = soak.soak(soak.DemoHost(), iter(range(20)), side=64)
+    report = soak.soak(soak.DemoHost(), iter(range(10)), side=64)
     assert report.failures == []
-    assert report.images == 20 and report.selections == 4 and report.changes > 0
+    assert report.images == 10 and report.selections == 2 and report.changes > 0
     assert report.growth < 100 * 2**20
