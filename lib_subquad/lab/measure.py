@@ -180,8 +180,8 @@ class Inference:
         return small
 
     def keep(self, result: Tensor) -> None:
-        """Keep the rows of a result that `errors` needs."""
-        self.sample = _chosen_heads(result)[:, self.rows].clone()
+        """Keep the rows of a result that `errors` needs: few enough to be lost in its peak memory."""
+        self.sample = _chosen(result, self.rows)
 
     def errors(self) -> tuple[float, float | None]:
         expected = _reference(self.query, self.key, self.value, self.rows)
@@ -211,11 +211,11 @@ class Training(Inference):
 
     def keep(self, result: tuple[Tensor, ...]) -> None:
         super().keep(result[0])
-        self.gradient_sample = _chosen_heads(result[1])[:, self.rows].clone()
+        self.gradient_sample = _chosen(result[1], self.rows)
 
     def errors(self) -> tuple[float, float | None]:
         query, key, value = (tensor.detach() for tensor in (self.query, self.key, self.value))
-        grad = _chosen_heads(self.grad)[:, self.rows]
+        grad = _chosen(self.grad, self.rows)
         expected, gradient = _reference(query, key, value, self.rows, grad)
         return _largest_difference(self.sample, expected), _largest_difference(self.gradient_sample, gradient)
 
@@ -305,18 +305,18 @@ def _sampled_rows(queries: int) -> Tensor:
     return torch.randperm(queries, generator=generator)[:SAMPLE_ROWS].sort().values
 
 
-def _chosen_heads(tensor: Tensor) -> Tensor:
-    """A few heads [heads, tokens, width] of [batch, heads, tokens, width], from all over the batch."""
+def _chosen(tensor: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+    """These rows of a few heads [heads, rows, width] of [batch, heads, tokens, width], from all over the batch."""
     batch, heads = tensor.shape[:2]
     count = batch * heads
     chosen = sorted({number * count // SAMPLE_HEADS for number in range(SAMPLE_HEADS)})
-    return torch.stack([tensor[number // heads, number % heads] for number in chosen])
+    return torch.stack([tensor[number // heads, number % heads][rows] for number in chosen])
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, grad: Tensor | None = None):
     """Exact results of the sampled rows; with a gradient of the output also that of the queries."""
-    query = _exact(_chosen_heads(query)[:, rows])
-    key, value = (_exact(_chosen_heads(tensor)) for tensor in (key, value))
+    query = _exact(_chosen(query, rows))
+    key, value = (_exact(_chosen(tensor)) for tensor in (key, value))
     if grad is None:
         return _exact_attention(query, key, value)
     query.requires_grad_()

@@ -186,6 +186,13 @@ def test_a_peer_that_fails_gives_a_reason(tmp_path, body, reason):
     assert measure._measure_or_reason(Job(peer_file(tmp_path, text), SMALL)) == Measurement(reason=reason)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told this way on Linux alone")
+def test_the_peak_is_the_result_and_what_its_kernel_needs():
+    found = measure._measure_or_reason(Job("sdpa", Shape("", 1, 1, 8192, 64, 512)))
+    assert found.result_bytes == 16 << 20
+    assert 15 << 20 <= found.peak_bytes <= 20 << 20
+
+
 def test_sampled_memory_sees_a_peak_that_is_gone():
     pytest.importorskip("psutil")
 
