@@ -154,6 +154,8 @@ def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:
     heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
     rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
     heads = max(heads, min(problem.heads, scores // (keys * rows)))
+    # Threads take whole heads: a group that is no multiple leaves one of them idle.
+    heads = max(heads // FEWEST_HEADS * FEWEST_HEADS, min(FEWEST_HEADS, problem.heads), 1)
     return Sizes(rows, keys, heads)
 
 
