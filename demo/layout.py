@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from demo.inputs import DemoError
+from lib_subquad.lab.capture import unet_architecture
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SD1_HEADS = 8
@@ -47,37 +48,13 @@ def _refuse_other_layouts(shapes: Shapes) -> None:
 
 
 def _unet(shapes: Shapes, heads: int) -> dict:
-    first = shapes[UNET + "input_blocks.0.0.weight"]
-    width, in_channels = first[0], first[1]
-    if in_channels != 4:
-        raise DemoError(f"checkpoint's U-Net takes {in_channels} channels; this demo makes images with 4, from text")
-    mults, blocks, attention, downsampling = [], [0], [], 1
-    for index in range(1, _count(shapes, UNET + "input_blocks.")):
-        block = f"{UNET}input_blocks.{index}."
-        if block + "0.op.weight" in shapes:
-            downsampling *= 2
-            blocks.append(0)
-            continue
-        if blocks[-1] == 0:
-            mults.append(shapes[block + "0.out_layers.3.weight"][0] // width)
-            if block + "1.norm.weight" in shapes:
-                attention.append(downsampling)
-        blocks[-1] += 1
-    middle = UNET + "middle_block.1.transformer_blocks."
-    return {
-        "image_size": 32,
-        "in_channels": in_channels,
-        "out_channels": shapes[UNET + "out.2.weight"][0],
-        "model_channels": width,
-        "channel_mult": tuple(mults),
-        "num_res_blocks": blocks,
-        "attention_resolutions": tuple(attention),
-        "num_heads": heads,
-        "use_spatial_transformer": True,
-        "transformer_depth": _count(shapes, middle),
-        "context_dim": shapes[middle + "0.attn2.to_k.weight"][1],
-        "legacy": False,
-    }
+    own = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
+    found = unet_architecture(own)
+    if found["in_channels"] != 4:
+        raise DemoError(
+            f"checkpoint's U-Net takes {found['in_channels']} channels; this demo makes images with 4, from text"
+        )
+    return {**found, "num_heads": heads}
 
 
 def _decoder(shapes: Shapes) -> dict:

@@ -24,14 +24,15 @@ GROWN = 1.05  # free memory has grown when it is this much more than what did no
 
 
 def plan_for(problem: Problem, settings: Settings) -> Plan:
-    """The plan for a call: what was found to fit last time, until free memory has grown."""
+    """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it."""
     free = devices.free_bytes(problem.device)
     found = _remembered.get((problem, settings))
     if found is not None:
         made, failed_at = found
-        if free <= failed_at * GROWN:
+        if free > failed_at * GROWN:
+            _remembered.pop((problem, settings), None)
+        elif made.workspace_bytes <= free * settings.memory_limit // 100:
             return made
-        _remembered.pop((problem, settings), None)
     return plan_problem(problem, settings, free)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
+import shutil
 import sys
 
 import pytest
@@ -92,3 +94,16 @@ def _take_away() -> dict:
         with contextlib.suppress(AttributeError):  # "from package import module" looks at the attribute first
             delattr(sys.modules.get(parent), child)
     return taken
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as running:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if path is None and not os.path.exists(running.chromium.executable_path):
+            pytest.skip("there is neither a system Chromium nor Playwright's own")
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -34,6 +34,8 @@ RATED = ("automatic", "portable", "portable chunks")  # with query chunks, fused
 # the order in which products are summed. PyTorch's own error is then the largest of as many orders. Half precision
 # rounds every result, and needs no such allowance.
 ORDERS = {torch.float32: 4}
+# With 2.1.2 the portable engine is up to 3.05 times as far off as PyTorch in the order given; from 2.13 on it holds.
+BEFORE_2_13 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 def inputs(shape, dtype, scale, seed):
@@ -98,7 +100,7 @@ def test_error_beside_pytorchs_own(reference, dtype, scale):
         ratio, strict = (max(found[n] for found in figures if found[2] == name) for n in (0, 1))
         print(f"\n{dtype}, N(0, {scale:g}²), {name}: {ratio:.2f} x PyTorch's error ({strict:.2f} in order)", end="")
         assert ratio <= ALLOWED, (name, figures)
-        assert strict <= ALLOWED or name != "automatic", figures
+        assert strict <= ALLOWED or (name != "automatic" and BEFORE_2_13), figures
 
 
 @pytest.mark.parametrize("plan", PLANS)

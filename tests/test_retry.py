@@ -125,6 +125,18 @@ def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, capl
     assert len(caplog.records) == 1
 
 
+def test_what_is_remembered_gives_way_to_a_limit_below_it(monkeypatch):
+    free = [64 << 20]
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free[0])
+    query, key, value = torch.randn(3, 1, 2, 256, 8)
+    plans = []
+    for free[0] in (64 << 20, 64 << 20, 32 << 10):
+        with FailOver(40000):
+            attention(query, key, value, settings=Settings(engine="portable"), report=plans.append)
+    assert plans[0].sizes == plans[1].sizes
+    assert plans[1].workspace_bytes > (32 << 10) * 70 // 100 >= plans[2].workspace_bytes
+
+
 def test_a_failure_while_asking_for_a_kernel_is_no_answer():
     query, key, value = torch.randn(3, 1, 2, 33, 8)
     with FailAt(0) as device:

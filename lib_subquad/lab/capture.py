@@ -101,7 +101,7 @@ def build_unet(shapes: Mapping[str, tuple[int, ...]], found: Checkpoint) -> nn.M
         raise UserError("the checkpoint has no U-Net with attention that is known here")
     if any(name.startswith("label_emb.") for name in shapes):
         raise UserError("this U-Net (SDXL, say) is not ldm's; only those of SD 1 and SD 2 can be built")
-    arguments = _architecture(shapes)
+    arguments = unet_architecture(shapes)
     widths = {layer.head_width for layer in layers}
     if len(widths) == 1 and len({layer.heads for layer in layers}) > 1:
         arguments["num_head_channels"] = widths.pop()
@@ -113,7 +113,7 @@ def build_unet(shapes: Mapping[str, tuple[int, ...]], found: Checkpoint) -> nn.M
         raise UserError(f"this U-Net cannot be built: {type(error).__name__}: {error}") from error
 
 
-def _architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+def unet_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
     """What `UNetModel` is built with, but for the heads."""
     channels, in_channels = shapes["input_blocks.0.0.weight"][:2]
     multipliers, blocks, attention, downsampling = [], [0], [], 1

@@ -16,7 +16,7 @@ def begin(p) -> None:
 
 
 def finish_batch(p) -> None:
-    """At `postprocess_batch`, before infotexts are made: a retry changes an image's last bits."""
-    retries = status.generation().retries
-    if retries:
-        p.extra_generation_params[RETRIES] = retries
+    """At `postprocess_batch`, before infotexts are made: smaller chunks change an image's last bits."""
+    seen = status.generation()
+    if seen.retries or seen.remembered:
+        p.extra_generation_params[RETRIES] = seen.retries or "remembered"

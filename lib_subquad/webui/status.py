@@ -5,19 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..plan import Plan
+from ..retry import RETRY_REASON
 
 
 @dataclass
 class Generation:
-    """What was seen since a generation began. A live preview that decodes on another thread may add to it as well."""
+    """What was seen since a generation began. A live preview that decodes on another thread may add to it as well.
+
+    `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to.
+    """
 
     calls: int = 0
     retries: int = 0
+    remembered: bool = False
     largest: Plan | None = None
 
     def record(self, plan: Plan) -> None:
         self.calls += 1
         self.retries += plan.retries
+        self.remembered = self.remembered or not plan.retries and RETRY_REASON in plan.reasons
         if self.largest is None or plan.workspace_bytes >= self.largest.workspace_bytes:
             self.largest = plan
 

@@ -71,6 +71,17 @@ def test_retries_are_written(subquad):
     assert params(subquad) == {}  # the next image's own
 
 
+def test_chunks_remembered_from_an_earlier_image_are_written(subquad):
+    from lib_subquad.retry import RETRY_REASON
+
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    subquad.status.record(Plan("portable", 64, 64, 1, 1000, reasons=(RETRY_REASON,)))
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Subquad retries": "remembered"}
+
+
 def test_in_a_real_image(host, monkeypatch):
     host.start(optimizer="subquad")
     from modules import shared

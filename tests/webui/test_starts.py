@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 
@@ -40,22 +37,15 @@ def test_automatic_without_flags_is_the_hosts_own_choice(webui):
 
 
 @pytest.fixture(scope="module")
-def page(webui):
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    with playwright.sync_playwright() as running:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if path is None and not os.path.exists(running.chromium.executable_path):
-            pytest.skip("there is neither a system Chromium nor Playwright's own")
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        (webui.data / "config.json").unlink(missing_ok=True)
-        with webui.running() as server:
-            server.select(TITLE)  # before there is a page: what it shows is what it applies
-            page = chromium.new_page()
-            page.set_default_timeout(SLOW)
-            page.server = server
-            open_settings(page)
-            yield page
-        chromium.close()
+def page(webui, browser):
+    (webui.data / "config.json").unlink(missing_ok=True)
+    with webui.running() as server:
+        server.select(TITLE)  # before there is a page: what it shows is what it applies
+        page = browser.new_page()
+        page.set_default_timeout(SLOW)
+        page.server = server
+        open_settings(page)
+        yield page
 
 
 def open_settings(page) -> None:
