@@ -53,8 +53,7 @@ def attention(
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
     with devices.without_autocast(query.device):
         chunks = Chunks(problem, plan_for(problem, settings), settings)
-        keep_scores = settings.checkpointing == "never" and devices.rules(query.device).keeps_scores
-        if problem.grad and chunks.plan.engine == "portable" and not keep_scores:
+        if problem.grad and chunks.plan.engine == "portable" and not chunks.plan.keeps_scores:
             output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
         else:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)
@@ -66,24 +65,24 @@ def attention(
 def attend_chunks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
 ) -> tuple[Tensor, Tensor | None]:
-    """The loop: output [batch, heads, queries, value width], and for gradients the logsumexp [..., queries, 1].
+    """The loop: output [batch, heads, queries, value width], and for gradients the statistics [..., queries, 2].
 
     A chunk that runs out of memory comes again in smaller pieces; what is already written stays.
     """
-    output = logsumexp = None
+    output = statistics = None
     for rows in chunks:
         with chunks.attempt():
             engine, sizes = ENGINES[chunks.plan.engine], chunks.plan.sizes
             row_mask = None if mask is None else rows_of(mask, rows)
-            chunk, chunk_logsumexp = engine.attend(
+            chunk, chunk_statistics = engine.attend(
                 chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
             )
             if rows == slice(0, query.shape[2]):
-                return chunk, chunk_logsumexp
+                return chunk, chunk_statistics
             if output is None:
                 output = new_output(query, value)
             output[:, :, rows] = chunk
-            if chunks.problem.grad and chunk_logsumexp is not None:
-                logsumexp = chunk_logsumexp.new_empty(*output.shape[:3], 1) if logsumexp is None else logsumexp
-                logsumexp[:, :, rows] = chunk_logsumexp
-    return new_output(query, value) if output is None else output, logsumexp
+            if chunks.problem.grad and chunk_statistics is not None:
+                statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
+                statistics[:, :, rows] = chunk_statistics
+    return new_output(query, value) if output is None else output, statistics

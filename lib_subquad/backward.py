@@ -1,10 +1,13 @@
-"""Gradients of the portable engine, recomputed chunk by chunk from the logsumexp of the forward pass.
+"""Gradients of the portable engine, recomputed chunk by chunk from two statistics of the forward pass.
 
-For one query chunk and one key part, with scores s = scale.q.k + mask, weights p = exp(s - logsumexp), and D the row
-sums of grad_output * output (Dao et al. 2022, FlashAttention, arXiv 2205.14135, algorithm 4):
+For one query chunk and one key part, with scores s = scale.q.k + mask, weights p = exp(s - maximum) / total, and D the
+row sums of grad_output * output (Dao et al. 2022, FlashAttention, arXiv 2205.14135, algorithm 4):
 
     grad_value += p^T . grad_output             grad_query += grad_scores . key . scale
     grad_scores = p * (grad_output . value^T - D)   grad_key += grad_scores^T . query . scale
+
+Maximum and total stay apart, rather than as their logsumexp: beside a maximum of -1e9, as masks make it, the logarithm
+of any total is rounded away. The division by total goes to the rows of grad_output, which are narrower than scores.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ class ChunkedAttention(torch.autograd.Function):
         attend_chunks: Callable[..., tuple[Tensor, Tensor]],
         attempts: Attempts,
     ) -> Tensor:
-        """`attend_chunks(query, key, value, mask, scale, attempts)` gives output and logsumexp, without gradients."""
-        output, logsumexp = attend_chunks(query, key, value, mask, scale, attempts)
-        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
+        """`attend_chunks(query, key, value, mask, scale, attempts)` gives output and statistics, without gradients."""
+        output, statistics = attend_chunks(query, key, value, mask, scale, attempts)
+        ctx.save_for_backward(query, key, value, mask, output, statistics)
         ctx.scale = scale
         ctx.call = attempts.problem, attempts.plan, attempts.settings
         return output
@@ -64,7 +67,7 @@ def _gradients(
     value: Tensor,
     mask: Tensor | None,
     output: Tensor,
-    logsumexp: Tensor,
+    statistics: Tensor,
     grad_output: Tensor,
     scale: float,
     sizes: Sizes,
@@ -80,14 +83,15 @@ def _gradients(
     for index in head_groups(*query.shape[:2], sizes.heads):
         for start in range(0, query.shape[2], sizes.queries):
             rows = (*index, slice(start, start + sizes.queries))
-            queries, grads = scaled(query[rows], scale), scaled(grad_output[rows], 1.0)
+            maximum, total = statistics[rows].split(1, dim=-1)
+            # A row that attended to nothing has weights of zero, whatever its scores.
+            maximum, total = (tensor.masked_fill(total == 0, math.inf) for tensor in (maximum, total))
+            queries, grads = scaled(query[rows], scale), scaled(grad_output[rows], 1.0) / total
             row_sums = (grads * output[rows]).sum(-1, keepdim=True)
-            # A row that attended to nothing has weights of zero, whatever its scores: +inf in place of -inf.
-            normaliser = logsumexp[rows].masked_fill(logsumexp[rows] == -math.inf, math.inf)
             row_mask = None if mask is None else rows_of(group_of(mask, index), rows[-1])
             for part, (keys, values, part_mask) in _parts(key[index], value[index], row_mask, sizes.keys):
                 tile = (*queries.shape[:2], keys.shape[1])
-                weights = score(queries, keys, part_mask, shaped(scores, tile)).sub_(normaliser)
+                weights = score(queries, keys, part_mask, shaped(scores, tile)).sub_(maximum)
                 exp_(weights, clamp=mask is None)
                 if grad_value is not None:
                     grad_value[index][:, part].baddbmm_(weights.transpose(1, 2), grads)

@@ -27,7 +27,8 @@ class Plan:
 
     `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all of them for *fused*);
     `workspace_bytes` is the most that a call allocates beside its output. `reasons` says in words why this engine, and
-    which sliders were overruled; `retries` how often sizes were halved after an out-of-memory.
+    which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
+    kept for the backward pass rather than recomputed in it.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class Plan:
     workspace_bytes: int
     reasons: tuple[str, ...] = ()
     retries: int = 0
+    keeps_scores: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -93,6 +95,8 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
             reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
     else:
         made = _plan_portable(problem, settings, limit)
+    if made.engine == portable.NAME and problem.grad and settings.checkpointing == "never":
+        made = _keeping_scores(problem, made, limit)
     return replace(made, reasons=(*reasons, *made.reasons))
 
 
@@ -104,7 +108,7 @@ def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:
         query_chunk=sizes.queries,
         kv_chunk=sizes.keys,
         head_chunk=sizes.heads,
-        workspace_bytes=ENGINES[engine].workspace_bytes(problem, sizes),
+        workspace_bytes=(portable.kept_bytes if made.keeps_scores else ENGINES[engine].workspace_bytes)(problem, sizes),
     )
 
 
@@ -144,6 +148,18 @@ def _plan_portable(problem: Problem, settings: Settings, limit: int) -> Plan:
         if not fits(sizes):
             reasons.append(f"even the smallest chunks exceed {why}")
     return Plan(portable.NAME, *sizes, portable.workspace_bytes(problem, sizes), tuple(reasons))
+
+
+def _keeping_scores(problem: Problem, made: Plan, limit: int) -> Plan:
+    """The plan with scores kept for the backward pass, or the reason why they are recomputed all the same."""
+    kept = portable.kept_bytes(problem, made.sizes)
+    if not devices.rules(problem.device).keeps_scores:
+        why = "this device could not hold them in one tensor"
+    elif kept > limit:
+        why = "keeping them exceeds the memory limit"
+    else:
+        return replace(made, workspace_bytes=kept, keeps_scores=True)
+    return replace(made, reasons=(*made.reasons, f"scores are recomputed in the backward pass: {why}"))
 
 
 def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:

@@ -112,7 +112,7 @@ OPTIONS: dict[str, Option] = {
         "automatic",
         "Checkpointing while training",
         "Recompute scores in the backward pass: far less memory for about a third more time. automatic does so "
-        "whenever gradients are needed; never keeps every score; images are not affected.",
+        "whenever gradients are needed; never keeps scores if they fit the memory limit; images are not affected.",
         choices=("automatic", "always", "never"),
     ),
     "upcast": Option(

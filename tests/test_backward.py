@@ -111,6 +111,14 @@ def test_like_exact_attention(engine, mask, checkpointing):
         assert not found[0][:, :, 2].any()  # the row that attended to nothing moves nothing
 
 
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_a_row_masked_by_finite_numbers(checkpointing):
+    """Beside a maximum of -3.4e38 the logarithm of any number of keys is lost, and with it the weights' sum."""
+    mask = torch.zeros(SHAPES)
+    mask[:, :, 2] = torch.finfo(torch.float32).min
+    same_as_exact(inputs(), mask, checkpointing=checkpointing)
+
+
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 @pytest.mark.parametrize("checkpointing", ["always", "never"])
 def test_only_some_inputs_need_a_gradient(wanted, checkpointing):

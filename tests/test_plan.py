@@ -159,6 +159,19 @@ def test_the_memory_limit_overrules_sliders_in_words():
     assert made.engine == "portable" and made.reasons[0] == "the fused kernel does not fit the memory limit"
 
 
+def test_scores_are_kept_where_they_fit(on):
+    never, training = Settings(engine="portable", checkpointing="never", memory_limit=50), {"grad": True}
+    kept = plan_sd15(never, **training)
+    assert kept.keeps_scores and kept.workspace_bytes > 16 * 4096 * 4096 * 4 and len(kept.reasons) == 1
+    for settings, more in ((never, {}), (Settings(engine="portable"), training)):
+        assert not plan_sd15(settings, **more).keeps_scores
+    made = plan_sd15(never, free_bytes=2 * kept.workspace_bytes - 2, **training)
+    assert not made.keeps_scores and made.workspace_bytes < 128 * MIB
+    assert "scores are recomputed in the backward pass: keeping them exceeds the memory limit" in made.reasons
+    on("mps")
+    assert "scores are recomputed in the backward pass: this device could not" in str(plan_sd15(never, **training))
+
+
 @st.composite
 def plans(draw):
     """Arguments of plan()."""
@@ -264,6 +277,22 @@ def test_workspace_is_what_a_call_takes(peak_bytes, shape):
         measured = peak - Problem.of(*call, mask).output_bytes
         found = (case, str(made[0]), f"{measured / MIB:.2f} MiB measured")
         assert abs(made[0].workspace_bytes - measured) <= 0.25 * measured + MIB / 8, found
+
+
+@pytest.mark.parametrize("mask", [None, ("all", torch.bool), ("one head", torch.float32)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("query_chunk", [100, 0])
+def test_what_kept_scores_take(peak_bytes, dtypes, mask, query_chunk):
+    query, key, value, mask = make((1, 4, 800, 700, 40, 40), dtypes, mask)
+    tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
+    settings = Settings(engine="portable", checkpointing="never", query_chunk=query_chunk, upcast=dtypes[2])
+    made = []
+    peak = peak_bytes(
+        lambda: attention(*tensors, mask=mask, settings=settings, report=made.append).float().sum().backward()
+    )
+    gradients = sum(tensor.nbytes for tensor in tensors)
+    assert made[0].keeps_scores
+    assert abs(peak - gradients - made[0].workspace_bytes) <= 0.25 * peak, (str(made[0]), f"{peak / MIB:.1f} MiB")
 
 
 @pytest.mark.parametrize("engine", ["automatic", "portable"])

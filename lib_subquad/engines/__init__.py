@@ -4,10 +4,12 @@
     why_not(problem) -> list[str]                   the reasons, in words, why it cannot do `problem`; empty if it can
     workspace_bytes(problem, sizes) -> int          what a call with chunks of `sizes` allocates beside its output
     attend(problem, sizes, query, key, value, mask, scale)
-                                                    -> (output, logsumexp or None) of one query chunk
+                                                    -> (output, statistics or None) of one query chunk
 
 `attend` takes query [batch, heads, query chunk, width], key and value [batch, heads, keys, width] of any strides, and
-a mask whose sizes are full or one. Its output is [batch, heads, query chunk, value width] in value's dtype.
+a mask whose sizes are full or one. Its output is [batch, heads, query chunk, value width] in value's dtype. Where
+gradients will be recomputed, its statistics are [batch, heads, query chunk, 2] in the dtype of the computation: each
+row's largest score and its sum of exp(score - largest).
 """
 
 from collections.abc import Callable

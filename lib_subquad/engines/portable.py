@@ -36,9 +36,25 @@ def why_not(problem: Problem) -> list[str]:
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
     total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries)))
-    if problem.grad:  # the logsumexp of all queries
-        total += problem.batch * problem.heads * problem.queries * item_bytes(devices.compute_dtype(problem.dtype))
+    if problem.grad:  # the statistics of all queries
+        total += problem.batch * problem.heads * problem.queries * 2 * item_bytes(devices.compute_dtype(problem.dtype))
     return total
+
+
+def kept_bytes(problem: Problem, sizes: Sizes) -> int:
+    """What a call and its backward pass hold where PyTorch itself keeps scores in between, beside output and gradients.
+
+    All weights, with a mask before and after rows that may attend to nothing are cleared; what one chunk makes of its
+    scores, or their gradients; and for every chunk the keys and values that were converted.
+    """
+    item = item_bytes(devices.compute_dtype(problem.dtype))
+    row = problem.batch * problem.heads * problem.keys * item
+    masked = problem.mask is not None
+    converted = problem.dtype != devices.compute_dtype(problem.dtype)
+    chunks = math.ceil(problem.queries / sizes.queries) if sizes.queries else 0
+    keys = row * (problem.width + problem.value_width) * converted
+    chunk = min(sizes.queries, problem.queries)
+    return row * (problem.queries * (1 + masked) + chunk * (2 - masked)) + chunks * keys
 
 
 def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -64,7 +80,7 @@ def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
     scores = heads * queries * keys * item_bytes(compute)
     row = queries * item_bytes(compute)
     chunk = problem.batch * problem.heads * queries
-    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + problem.grad * item_bytes(compute))
+    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + 2 * problem.grad * item_bytes(compute))
     return scores + max(scaling * row, folding * row + part) + result
 
 
@@ -76,7 +92,7 @@ def attend(
     batch, heads, queries, _ = query.shape
     output = new_output(query, value)
     compute = devices.compute_dtype(query.dtype)
-    logsumexp = query.new_empty(batch, heads, queries, 1, dtype=compute) if problem.grad else None
+    statistics = query.new_empty(batch, heads, queries, 2, dtype=compute) if problem.grad else None
     # Scores are scaled once their maximum has been subtracted: no pass over the queries, no rounding of them. That
     # needs a positive scale, and a mask that adds to scores needs them scaled before.
     late = scale if scale > 0 and (mask is None or mask.dtype == torch.bool) else 1.0
@@ -87,9 +103,9 @@ def attend(
         parts = key_parts(key[index], value[index], None if mask is None else group_of(mask, index), sizes.keys)
         weighted, total, maximum, lazy = fold(group, parts, late, scores, lazy)
         divide(weighted, total, mask is not None, output[index])
-        if logsumexp is not None:
-            torch.add(total.log_(), maximum, alpha=late, out=logsumexp[index])
-    return output, logsumexp
+        if statistics is not None:
+            torch.cat((maximum.mul_(late), total), dim=-1, out=statistics[index])
+    return output, statistics
 
 
 def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
