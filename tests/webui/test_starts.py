@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lib_subquad.settings import OPTIONS
+from tests.webui.pages import open_page, open_section, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
-SLOW = 120_000  # milliseconds; a test machine may be busy
 
 
 def test_frozen_settings_and_the_hosts_own_flags(webui):
@@ -41,27 +41,9 @@ def page(webui, browser):
     (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running() as server:
         server.select(TITLE)  # before there is a page: what it shows is what it applies
-        page = browser.new_page()
-        page.set_default_timeout(SLOW)
-        page.server = server
-        open_settings(page)
+        page = open_page(browser, server)
         yield page
-
-
-def open_settings(page) -> None:
-    page.goto(page.server.url, wait_until="domcontentloaded")
-    page.wait_for_selector("#txt2img_generate")
-    page.locator("#tabs > .tab-nav button", has_text="Settings").click()
-
-
-def open_section(page, title: str) -> None:
-    page.locator("#settings button", has_text=title).first.click()
-
-
-def apply(page) -> str:
-    page.click("#settings_submit")
-    page.wait_for_function("document.querySelector('#settings_result').innerText.includes('changed')")
-    return page.locator("#settings_result").last.inner_text()
+        page.close()
 
 
 def test_the_section_shows_every_setting_with_its_help(page):
@@ -74,11 +56,7 @@ def test_the_section_shows_every_setting_with_its_help(page):
 
 
 def test_apply_takes_effect_at_the_next_image(page):
-    open_section(page, "Sub-quadratic attention")
-    number = page.locator("#setting_subquad_query_chunk input[type=number]")
-    number.fill("192")
-    number.press("Tab")
-    assert "subquad_query_chunk" in apply(page)
+    assert "subquad_query_chunk" in set_query_chunk(page, 192)
     _, infotext = page.server.generate()
     assert "Subquad query chunk: 192" in infotext and page.server.status()["query_chunk"] == 192
 
@@ -94,7 +72,7 @@ def test_reload_ui(page):
     assert np.abs(again - image).max() == 0
     assert server.log.count("Applying attention optimization: subquad") == applied + 1
     assert server.status()["active"] and server.status()["calls"] > 0
-    open_settings(page)
-    open_section(page, "Sub-quadratic attention")
-    assert page.locator("#settings_subquad #setting_subquad_engine").count() == 1
+    reloaded = open_page(page.context.browser, server)
+    open_section(reloaded, "Sub-quadratic attention")
+    assert reloaded.locator("#settings_subquad #setting_subquad_engine").count() == 1
     assert "lib_subquad" not in server.log  # as the lines of a traceback would have it

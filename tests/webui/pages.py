@@ -1,0 +1,50 @@
+"""The web UI's own page in headless Chromium: its tabs, its settings, its buttons."""
+
+from __future__ import annotations
+
+from tests.attention_tab import set_number, wait_for
+
+SLOW = 120_000  # milliseconds; a test machine may be busy
+
+
+def open_page(browser, server, **options):
+    """A page of this server, all drawn; the server is kept as `page.server`."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(SLOW)
+    page.server = server
+    page.goto(server.url, wait_until="domcontentloaded")
+    page.wait_for_selector("#txt2img_generate")
+    return page
+
+
+def open_tab(page, title: str) -> None:
+    page.locator("#tabs > .tab-nav button").get_by_text(title, exact=True).first.click()
+
+
+def open_section(page, title: str) -> None:
+    """A section of the settings."""
+    open_tab(page, "Settings")
+    page.locator("#settings button", has_text=title).first.click()
+
+
+def apply_settings(page) -> str:
+    """Press Apply, and read what it says."""
+    page.click("#settings_submit")
+    page.wait_for_function("document.querySelector('#settings_result').innerText.includes('changed')")
+    return page.locator("#settings_result").last.inner_text()
+
+
+def set_query_chunk(page, value: int) -> str:
+    """With the slider of our section."""
+    open_section(page, "Sub-quadratic attention")
+    set_number(page, "setting_subquad_query_chunk", value)
+    return apply_settings(page)
+
+
+def generate(page, side: int = 128, steps: int = 2) -> None:
+    """Make an image with the page's own button."""
+    open_tab(page, "txt2img")
+    for name, value in (("width", side), ("height", side), ("steps", steps)):
+        set_number(page, f"txt2img_{name}", value)
+    page.click("#txt2img_generate")
+    wait_for(page, "#html_info_txt2img", f"Size: {side}x{side}")

@@ -1,0 +1,95 @@
+"""The tab "Attention" on the web UI's own page, and who waits for whom."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo
+from tests.webui.pages import generate, open_page, set_query_chunk
+
+TITLE = "subquad - fast attention within a memory limit"
+# Tables scroll by themselves.
+WIDEST = """() => Math.max(
+    ...[...document.querySelectorAll("#tab_subquad_tab *:not(.subquad-table *)")]
+        .map(element => element.getBoundingClientRect().right)
+)"""
+
+
+@pytest.fixture(scope="module")
+def page(webui, browser):
+    (webui.data / "config.json").unlink(missing_ok=True)
+    with webui.running() as server:
+        server.select(TITLE)
+        yield open_page(browser, server)
+        assert "Traceback" not in server.log
+
+
+def test_from_explain_to_undo(page):
+    from_explain_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page))
+    assert page.server.options()["subquad_query_chunk"] == 1
+    set_query_chunk(page, 0)
+
+
+def test_the_checkpoints_are_those_of_the_web_ui(page):
+    tab = AttentionTab(page).open(side=512)
+    page.click("#subquad_checkpoint input")
+    options = page.locator("#subquad_checkpoint ul li")
+    options.nth(1).wait_for()
+    assert "tiny-sd1.safetensors" in options.nth(1).inner_text()
+    options.nth(1).click()
+    tab.click("explain")
+    tab.wait_for(ANSWER, "attention layers in the U-Net")
+    assert "4096" in page.locator(f"{ANSWER} tbody tr").first.inner_text()
+
+
+def test_measuring_refuses_while_an_image_is_made(page):
+    making = threading.Thread(target=page.server.generate, kwargs={"width": 512, "height": 512, "steps": 20})
+    making.start()
+    page.wait_for_timeout(1000)
+    assert making.is_alive()
+    tab = AttentionTab(page).open(side=256)
+    tab.click("measure")
+    tab.wait_for(ANSWER, "An image is being made: measure when it is done.")
+    making.join()
+
+
+def test_an_image_waits_while_measuring(page):
+    """And has the device to itself afterwards, when measuring was cancelled."""
+    tab = AttentionTab(page).open(side=1024)  # for which one call takes longer than the image does
+    tab.click("measure")
+    tab.wait_until_measuring()
+    images = []
+    making = threading.Thread(target=lambda: images.append(page.server.generate(width=64, height=64, steps=1)))
+    making.start()
+    page.wait_for_timeout(1500)  # many times what the image takes by itself
+    assert making.is_alive() and page.locator(f"{ANSWER} progress").count()
+    tab.click("cancel")
+    tab.wait_for(ANSWER, "Cancelled")
+    making.join(60)
+    assert len(images) == 1
+
+
+def test_it_reads_on_a_phone(page):
+    phone = open_page(page.context.browser, page.server, viewport={"width": 390, "height": 800})
+    tab = AttentionTab(phone).open(side=512)
+    tab.click("explain")
+    tab.wait_for(ANSWER, "attention layers in the U-Net")
+    assert phone.evaluate(WIDEST) <= 390
+    phone.close()
+
+
+def test_frozen_settings_get_a_message(webui, browser):
+    (webui.data / "config.json").unlink(missing_ok=True)
+    flags = ["--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "1", "--freeze-settings"]
+    with webui.running(*flags) as server:
+        page = open_page(browser, server)
+        tab = AttentionTab(page).open(side=256)
+        tab.click("measure")
+        tab.wait_for(f"{ANSWER} table", "recommended")
+        tab.click("apply")
+        tab.wait_for("#subquad_message", "disabled")
+        assert server.options()["subquad_query_chunk"] == 1
+        page.close()
+        assert "Traceback" not in server.log
