@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -128,6 +128,15 @@ class Exploration:
             return automatic
         return best
 
+    def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial]:
+        """Trials of these settings from new measurements alone, in rounds that alternate between them."""
+        again = Exploration(self.rows, self.settings, self.device, self.free_bytes)
+        calls = again._pending(chosen)
+        for number in range(repeats):
+            for problem, plan in calls if number % 2 == 0 else reversed(calls):
+                again._measure(problem, plan)
+        return [again._trial(settings) for settings in chosen]
+
     def pareto_front(self) -> list[Trial]:
         """The trials that no other beats in both time and memory, the fastest first."""
         front, least = [], float("inf")
@@ -192,17 +201,19 @@ class Exploration:
 
     def _tally(self) -> None:
         """Make trials of all candidates whose every shape has been measured."""
-        self.trials = []
-        for settings in self._candidates():
-            calls = list(self._calls(settings))
-            found = [self._measured.get((problem, plan.engine, plan.sizes)) for problem, plan in calls]
-            if not all(found):
-                continue
-            seconds = sum(
-                row.layers * statistics.median(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found)
-            )
-            peak = max(statistics.median(peak for _, peak in runs) for runs in found)
-            self.trials.append(Trial(settings, seconds, int(peak), peak <= self.limit_bytes))
+        trials = (self._trial(settings) for settings in self._candidates())
+        self.trials = [trial for trial in trials if trial is not None]
+
+    def _trial(self, settings: Settings) -> Trial | None:
+        calls = self._calls(settings)
+        found = [self._measured.get((problem, plan.engine, plan.sizes)) for problem, plan in calls]
+        if not all(found):
+            return None
+        seconds = sum(
+            row.layers * statistics.median(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found)
+        )
+        peak = max(statistics.median(peak for _, peak in runs) for runs in found)
+        return Trial(settings, seconds, int(peak), peak <= self.limit_bytes)
 
 
 def _same_choice(one: Settings, other: Settings) -> bool:

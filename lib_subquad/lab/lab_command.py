@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from . import question
+from . import cli, question
 from .explain import megabytes
 from .explore import TUNED, Exploration
 from .plan_command import table
@@ -14,11 +12,18 @@ from .plan_command import table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time against peak memory")
+    parser.add_argument(
+        "--verify",
+        type=cli.positive,
+        metavar="N",
+        help="measure the recommended setting and Automatic N more times, in turn, and compare them",
+    )
+    cli.add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        cli.need("matplotlib", "--plot")
     asked = question.read(arguments)
     exploration = Exploration(asked.rows(), asked.settings, asked.device)
     stopped = _measure(exploration)
@@ -41,8 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(table(rows))
     print(f"\nRecommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}")
+    if arguments.verify and not stopped:
+        print(_verified(exploration, arguments.verify))
     if arguments.json:
-        arguments.json.write_text(json.dumps(_as_json(asked, exploration), indent=2) + "\n", encoding="utf-8")
+        cli.write_json(arguments.json, _as_json(asked, exploration))
     if arguments.plot:
         from .picture import draw
 
@@ -73,6 +80,16 @@ def _measure(exploration: Exploration) -> bool:
         if bar is not None:
             bar.close()
     return False
+
+
+def _verified(exploration: Exploration, repeats: int) -> str:
+    """How the recommended setting does beside Automatic in measurements that had no part in choosing it."""
+    chosen = exploration.recommended().settings, exploration.automatic().settings
+    recommended, automatic = exploration.measured_again(chosen, repeats)
+    return (
+        f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "
+        f"peak {megabytes(recommended.peak_bytes)} of {megabytes(exploration.limit_bytes)} allowed"
+    )
 
 
 def _restart(bar, total: int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -31,6 +33,18 @@ def subquad(host):
         opts=shared.opts,
         select=lambda name: sd_hijack.apply_optimizations(host.title_of(name)),
     )
+
+
+@pytest.fixture
+def loaded(host, subquad):
+    """The same with a model in place."""
+    from modules import sd_models
+
+    from demo.model import random_model
+
+    with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
+        sd_models.model_data.set_sd_model(random_model())
+    return subquad
 
 
 @pytest.fixture

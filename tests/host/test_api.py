@@ -1,0 +1,79 @@
+"""The HTTP routes, on an app that has the web UI's own."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.testclient import TestClient
+
+
+def password(secret: str = ""):
+    if secret != "secret":
+        raise HTTPException(status_code=401)
+
+
+@pytest.fixture
+def app(loaded):
+    from lib_subquad.webui import api
+
+    def start(**own) -> TestClient:
+        app = FastAPI()
+        app.add_api_route("/sdapi/v1/options", lambda: {}, **own)
+        app.openapi()  # remembered by then, as when somebody has looked at the page
+        api.mount(None, app)
+        return TestClient(app)
+
+    return start
+
+
+def test_no_routes_where_the_web_ui_has_none(subquad):
+    from lib_subquad.webui import api
+
+    app = FastAPI()
+    api.mount(None, app)
+    assert TestClient(app).get("/subquad/v1/status").status_code == 404
+
+
+def test_behind_the_same_password(app):
+    client = app(dependencies=[Depends(password)])
+    for path in ("/subquad/v1/status", "/subquad/v1/plan"):
+        assert client.get(path).status_code == 401
+        assert client.get(f"{path}?secret=secret").status_code == 200
+
+
+def test_status_before_and_after_an_image(app, loaded):
+    client = app()
+    loaded.select("subquad")
+    loaded.status.begin()
+    before = client.get("/subquad/v1/status").json()
+    assert before["active"] and before["calls"] == 0 and before["engine"] is None
+    from demo.generate import generate
+
+    generate(prompt="a cat", seed=1, width=64, height=64, steps=1)
+    after = client.get("/subquad/v1/status").json()
+    assert after["calls"] > 0 and after["engine"] == "fused" and after["workspace_bytes"] > 0
+    loaded.select("sdp")
+    assert not client.get("/subquad/v1/status").json()["active"]
+
+
+def test_the_plan_has_a_row_for_every_shape(app, loaded):
+    loaded.opts.data["subquad_query_chunk"] = 32
+    answer = app().get("/subquad/v1/plan?width=64&height=128").json()
+    assert {row["kind"] for row in answer["rows"]} == {"self", "cross"}
+    assert max(row["query_chunk"] for row in answer["rows"]) == 32
+    assert answer["largest_image"][1] == 2 * answer["largest_image"][0]
+
+
+@pytest.mark.parametrize(
+    "question", ["width=0", "height=4160", "batch=17", "width=wide", "checkpoint=/etc/passwd", "checkpoint=unknown"]
+)
+def test_what_cannot_be_answered(app, question):
+    answer = app().get(f"/subquad/v1/plan?{question}")
+    assert answer.status_code == 422 and answer.json()["detail"]
+
+
+def test_its_openapi_page(app):
+    paths = app().get("/openapi.json").json()["paths"]
+    for path, schema in (("plan", "PlanResponse"), ("status", "StatusResponse")):
+        answer = paths[f"/subquad/v1/{path}"]["get"]["responses"]["200"]["content"]["application/json"]
+        assert answer["schema"]["$ref"].endswith(schema)

@@ -1,0 +1,102 @@
+"""What the tab's buttons do, without a page: who waits for whom, and what Apply and Undo write."""
+
+from __future__ import annotations
+
+import pytest
+
+LOADED = "the loaded checkpoint"
+QUESTION = (LOADED, 64, 64, 1)
+
+
+@pytest.fixture
+def laboratory(loaded):
+    from lib_subquad.webui import laboratory
+
+    return laboratory.Laboratory()
+
+
+@pytest.fixture
+def lock(loaded):
+    from modules import call_queue
+
+    return call_queue.queue_lock
+
+
+def finished(steps):
+    return list(steps)[-1]
+
+
+def test_measure_holds_the_queue_and_gives_it_back(laboratory, lock):
+    steps = laboratory.measure(*QUESTION)
+    next(steps)
+    assert not lock.acquire(blocking=False)
+    answer, exploration = finished(steps)
+    assert "recommended" in answer and exploration.trials
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+def test_it_refuses_while_an_image_is_made(laboratory, lock):
+    with lock:
+        answer, exploration = finished(laboratory.measure(*QUESTION))
+    assert "An image is being made" in answer and exploration is None
+
+
+@pytest.mark.parametrize("ending", ["cancel", "the page is closed", "an error"])
+def test_the_queue_is_free_again_whatever_ends_it(laboratory, lock, ending, monkeypatch):
+    from lib_subquad.lab import meter
+
+    steps = laboratory.measure(*QUESTION)
+    next(steps)
+    if ending == "cancel":
+        laboratory.cancel()
+        assert "Cancelled" in finished(steps)[0]
+    elif ending == "the page is closed":
+        steps.close()
+    else:
+        monkeypatch.setattr(meter, "measure", lambda *_: (_ for _ in ()).throw(RuntimeError("no such device")))
+        assert "Measuring stopped: no such device" in finished(steps)[0]
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        (("/etc/passwd", 64, 64, 1), "There is no checkpoint"),
+        ((LOADED, 10**9, 64, 1), "Width is 1000000000"),
+        ((LOADED, 64, None, 1), "Height is None"),
+        ((LOADED, 64, 64, float("nan")), "Batch is nan"),
+    ],
+)
+def test_a_question_that_cannot_be_answered(laboratory, lock, question, words):
+    assert words in laboratory.explain(*question)
+    assert words in finished(laboratory.measure(*question))[0]
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+def test_apply_and_undo(laboratory, loaded):
+    loaded.opts.set("subquad_query_chunk", 1)
+    finished(laboratory.measure(*QUESTION))
+    recommended = laboratory.exploration.recommended().settings
+    message, moved = laboratory.apply()
+    assert recommended.query_chunk != 1 and moved["subquad_query_chunk"] == recommended.query_chunk
+    assert f"1 → {recommended.query_chunk}" in message
+    assert loaded.opts.subquad_query_chunk == recommended.query_chunk
+    assert laboratory.apply()[1] == {}  # in force already
+    assert laboratory.undo()[1]["subquad_query_chunk"] == loaded.opts.subquad_query_chunk == 1
+    assert laboratory.undo() == ("There is nothing to undo.", {})
+
+
+def test_a_frozen_setting_gets_a_message(laboratory, loaded, monkeypatch):
+    loaded.opts.set("subquad_query_chunk", 1)
+    finished(laboratory.measure(*QUESTION))
+
+    def frozen(key, value):
+        raise AssertionError("changing settings is disabled")
+
+    monkeypatch.setattr(loaded.opts, "set", frozen, raising=False)
+    message, moved = laboratory.apply()
+    assert "changing settings is disabled" in message and moved == {}
+    assert loaded.opts.subquad_query_chunk == 1

@@ -1,0 +1,109 @@
+"""`python -m lib_subquad plan` and `lab`, as a user runs them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+COMMAND = [sys.executable, "-m", "lib_subquad"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A full-size SD 1.5 file to whoever reads its header only: the rest of it is a hole."""
+    with gzip.open(DATA / "header_sd15.json.gz", "rt") as file:
+        shapes = json.load(file)
+    header, end = {}, 0
+    for name, entry in shapes.items():
+        shape = entry[1] if isinstance(entry[0], str) else entry
+        count = 2
+        for size in shape:
+            count *= size
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + count]}
+        end += count
+    text = json.dumps(header).encode()
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_plan(checkpoint):
+    done = run("plan", "--checkpoint", checkpoint, "--size", "512x768", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "32 attention layers in the U-Net, 2 in the VAE" in done.stdout
+    assert "6144" in done.stdout and "fused" in done.stdout and "argest image" in done.stdout
+
+
+def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    found, picture = tmp_path / "lab.json", tmp_path / "lab.png"
+    output = ["--json", found, "--plot", picture]
+    given = ["--query-chunk", "128", "--vae", "off", "--verify", "2"]
+    done = run("lab", "--checkpoint", checkpoint, "--size", "128", "--device", "cpu", *given, *output)
+    assert done.returncode == 0, done.stderr
+    assert "recommended" in done.stdout and "Measured again, 2 times in turn" in done.stdout
+    trials = json.loads(found.read_text())["trials"]
+    (recommended,) = [trial for trial in trials if trial["recommended"]]
+    assert recommended["fits"] and recommended["seconds"] <= 1.04 * min(trial["seconds"] for trial in trials)
+    assert any(trial["query_chunk"] == 128 for trial in trials)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a console, not to a process")
+def test_ctrl_c_keeps_what_was_measured(checkpoint, tmp_path):
+    found = tmp_path / "lab.json"
+    given = ["--size", "512", "--vae", "off", "--device", "cpu", "--json", str(found)]
+    lab = subprocess.Popen(
+        [*COMMAND, "lab", "--checkpoint", str(checkpoint), *given],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    said = ""
+    while "portable" not in said:  # the bar says what is measured; Automatic, measured first, is done by then
+        part = lab.stderr.read(1)
+        assert part, said
+        said += part
+    lab.send_signal(signal.SIGINT)
+    output, errors = lab.communicate(timeout=120)
+    assert lab.returncode == 130, errors
+    assert "Traceback" not in errors and "Recommended: query_chunk" in output
+    assert json.loads(found.read_text())["trials"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["plan", "--checkpoint", __file__], "safetensors"),
+        (["lab", "--checkpoint", "CHECKPOINT", "--size", "huge"], "expected pixels such as 512"),
+        (["lab", "--checkpoint", "CHECKPOINT", "--device", "gameboy"], "cannot be used"),
+        (["lab", "--checkpoint", "CHECKPOINT", "--plot", "no/such/folder.png"], "there is no folder"),
+        (["lab", "--checkpoint", "CHECKPOINT", "--query-chunk", "-5"], "query_chunk"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_words(checkpoint, arguments, words):
+    done = run(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments))
+    assert done.returncode == 2 and words in done.stderr
+    assert "Traceback" not in done.stderr
