@@ -87,6 +87,7 @@ def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate:
     tab.click("refresh")
     tab.wait_for("#subquad_status", "Last generation")
     assert "subquad is active" in tab.status
+    assert page.locator("#subquad_status abbr[title]").count() >= 5
     assert ", 1 x " not in tab.status  # no longer one query at a time
     assert ("portable" if engine == "portable" else "fused") in tab.status
     if query_chunk != "0":

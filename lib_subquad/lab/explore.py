@@ -1,6 +1,6 @@
 """Measure engines and chunk sizes on a checkpoint's own attention shapes, and recommend the best setting.
 
-First every candidate once; then the fastest of them and Automatic again, interleaved, and the medians decide.
+First every candidate once; then the fastest of them and Automatic again, in rounds that alternate between them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from .explain import Row
 QUERY_CHUNKS = (256, 512, 1024, 2048, 4096)
 KV_CHUNKS = (256, 512, 1024, 4096)
 FINALISTS = 3
-FINAL_REPEATS = 3
+FINAL_REPEATS = 5
 # Shapes that together make less than this share of the work take their time from Automatic: no setting moves them.
 NEGLIGIBLE_SHARE = 0.03
-# Automatic stays recommended unless something is faster by more than what repeats differ by.
+# Automatic stays recommended unless something is faster by more than what repeats differ by, in the medians and in the
+# fastest runs alike: what else a machine does in between seldom slows both that much.
 WORTH_CHANGING = 0.97
 
 AUTOMATIC = {"query_chunk": 0, "kv_chunk": 0, "engine": "automatic"}
@@ -38,14 +39,22 @@ TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets
 class Trial:
     """A setting measured on every shape: seconds of attention in one step, and the largest peak of any call.
 
+    `seconds` are the medians of every call's repeats, `fastest_seconds` their minima.
     `peak_bytes` is the plan's estimate, or what was measured where that is more (a high-water mark does not see memory
     that the process already held); the call's result is not counted.
     """
 
     settings: Settings
     seconds: float
+    fastest_seconds: float
     peak_bytes: int
     fits: bool
+
+    def clearly_faster_than(self, other: Trial) -> bool:
+        return (
+            self.seconds <= other.seconds * WORTH_CHANGING
+            and self.fastest_seconds <= other.fastest_seconds * WORTH_CHANGING
+        )
 
     @property
     def label(self) -> str:
@@ -104,7 +113,7 @@ class Exploration:
             self._tally()
         finalists = self._pending(self._finalists(), again=True)
         for repeat in range(FINAL_REPEATS - 1):
-            for number, (problem, plan) in enumerate(finalists):
+            for number, (problem, plan) in enumerate(finalists if repeat % 2 else reversed(finalists)):
                 done = repeat * len(finalists) + number
                 yield Progress(done, len(finalists) * (FINAL_REPEATS - 1), None, "again: " + _describe(problem, plan))
                 self._measure(problem, plan)
@@ -123,10 +132,10 @@ class Exploration:
         fitting = [trial for trial in self.trials if trial.fits]
         if not fitting:
             return min(self.trials, key=lambda trial: trial.peak_bytes, default=None)
-        best, automatic = min(fitting, key=lambda trial: trial.seconds), self.automatic()
-        if automatic is not None and automatic.fits and best.seconds > automatic.seconds * WORTH_CHANGING:
-            return automatic
-        return best
+        automatic = self.automatic()
+        if automatic is not None and automatic.fits:
+            fitting = [trial for trial in fitting if trial.clearly_faster_than(automatic)]
+        return min(fitting, key=lambda trial: trial.seconds, default=automatic)
 
     def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial]:
         """Trials of these settings from new measurements alone, in rounds that alternate between them."""
@@ -209,11 +218,12 @@ class Exploration:
         found = [self._measured.get((problem, plan.engine, plan.sizes)) for problem, plan in calls]
         if not all(found):
             return None
-        seconds = sum(
-            row.layers * statistics.median(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found)
+        medians, minima = (
+            sum(row.layers * of(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found))
+            for of in (statistics.median, min)
         )
         peak = max(statistics.median(peak for _, peak in runs) for runs in found)
-        return Trial(settings, seconds, int(peak), peak <= self.limit_bytes)
+        return Trial(settings, medians, minima, int(peak), peak <= self.limit_bytes)
 
 
 def _same_choice(one: Settings, other: Settings) -> bool:

@@ -104,7 +104,7 @@ class Laboratory:
                 f"<b>subquad is not active</b>: the web UI uses {escape(name)}. Select <i>{escape(ENTRY.title())}</i> "
                 "in Settings, Optimizations, Cross attention optimization."
             )
-        return words.CSS + words.line(f"{active} {escape(status.summary())}")
+        return words.CSS + words.line(f"{active} {words.last_generation(status.generation())}")
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:

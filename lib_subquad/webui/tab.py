@@ -15,7 +15,7 @@ ELEMENT = "subquad_tab"
 # The parameter that takes JavaScript changed its name in gradio 4.
 SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 
-INTRODUCTION = """
+INTRODUCTION = """\
 Attention is the part of the model in which every piece of the image looks at every other one; it is what takes the most
 memory in large images. *Explain* shows at once how it will be computed for an image of your size. *Measure* tries
 engines and chunk sizes on this device, for about a minute, and *Apply* sets the best one.
@@ -49,7 +49,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         with gr.Row(elem_id="subquad_status_row"):
             status = gr.HTML(LABORATORY.status, elem_id="subquad_status")  # a function: asked anew by every page
             refresh = gr.Button("Refresh", elem_id="subquad_refresh", scale=0, min_width=100)
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION.replace("\n", " "))  # gradio 3 would break lines there
         with gr.Row():
             checkpoint = gr.Dropdown(
                 models.titles(), value=models.LOADED, label="Checkpoint", elem_id="subquad_checkpoint", scale=2
@@ -65,7 +65,12 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             undo = gr.Button("Undo", elem_id="subquad_undo", min_width=80)
         message = gr.HTML(elem_id="subquad_message")
         plot = gr.Image(
-            label="Time against memory", elem_id="subquad_plot", visible=False, type="pil", interactive=False
+            label="Time against memory",
+            show_label=False,  # it would lie over the legend
+            elem_id="subquad_plot",
+            visible=False,
+            type="pil",
+            interactive=False,
         )
         answer = gr.HTML(elem_id="subquad_answer")
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")

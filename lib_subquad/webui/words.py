@@ -8,6 +8,7 @@ from html import escape
 from ..checkpoint import Checkpoint
 from ..lab.explain import Row, megabytes
 from ..lab.explore import Exploration, Trial
+from .status import Generation
 
 KINDS = ("self", "cross")
 
@@ -15,7 +16,8 @@ TERMS = {
     "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
     "Layers": "How many layers of the model work on this shape, each once in every sampling step.",
     "Tokens": "The pieces that attention compares: small patches of the image, or words of the prompt (77 at a time).",
-    "Heads": "Attention looks at the image in several independent ways at once. Number of heads x width of each.",
+    "Heads": "Attention looks at the image in several independent ways at once, and at all images of a batch, with and "
+    "without the prompt. Number of all these heads x width of each.",
     "Engine": "What computes attention: fused is PyTorch's built-in fast kernel, portable runs on every device.",
     "Query chunk": "How many tokens ask at a time. Smaller needs less memory and takes longer.",
     "KV chunk": "How many tokens are looked at in one go, as keys and values. Smaller needs less memory.",
@@ -23,6 +25,9 @@ TERMS = {
     "Why": "Why this engine, and which of your settings had to give way.",
     "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
     "Time": "Attention alone, in one sampling step, on this device.",
+    "Chunks": "How many tokens ask at a time x how many they look at in one go.",
+    "Calls": "How often attention was computed for that image: once for every layer in every step.",
+    "Retries": "How often memory ran out and attention went on in smaller chunks instead of failing.",
     "Peak": "The most memory that any call needed beside its input and its result.",
 }
 
@@ -73,6 +78,19 @@ def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int]
         else "Not even the smallest image keeps its attention inside the memory limit."
     )
     return CSS + line(summary) + table + line(size) + notes
+
+
+def last_generation(seen: Generation) -> str:
+    """What attention took in the last image."""
+    if seen.largest is None:
+        return "No image has been made with subquad yet."
+    made = seen.largest
+    return (
+        f"Last generation: {seen.calls} {term('calls', 'Calls')}, {seen.retries or 'no'} {term('retries', 'Retries')}. "
+        f"The largest: {term(made.engine, 'Engine')}, "
+        f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
+        f"{megabytes(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
+    )
 
 
 def trial_table(exploration: Exploration) -> str:

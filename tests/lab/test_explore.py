@@ -62,6 +62,33 @@ def test_automatic_stays_recommended_unless_another_is_clearly_faster(monkeypatc
         assert finished(explored).recommended().label == chosen
 
 
+def test_what_slowed_automatic_for_a_while_recommends_nothing_else(monkeypatch):
+    """Most of its runs were slowed by something else, one was not."""
+    explored = exploration()
+    slowed = itertools.chain([1.0], itertools.repeat(2.0))
+
+    def measured(problem, plan):
+        key = problem, plan.engine, plan.sizes
+        seconds = next(slowed) if plan.engine == "fused" and plan.query_chunk == 512 else 1.5
+        explored._measured.setdefault(key, []).append((seconds, plan.workspace_bytes))
+
+    monkeypatch.setattr(explored, "_measure", measured)
+    finished(explored)
+    assert explored.automatic().seconds == 3 * 2.0 and min(trial.seconds for trial in explored.trials) == 3 * 1.5
+    assert explored.recommended().label == "automatic"
+
+
+def test_measured_again_takes_no_part_of_what_was_measured(monkeypatch):
+    explored = exploration()
+    for number, answer in enumerate((1.0, 7.0)):
+        monkeypatch.setattr(meter, "measure", lambda call, device, answer=answer: (answer, 0))
+        if not number:
+            finished(explored)
+    again = explored.measured_again([explored.automatic().settings, explored.trials[-1].settings], 3)
+    assert [trial.seconds for trial in again] == [3 * 7.0] * 2
+    assert explored.automatic().seconds == 3 * 1.0
+
+
 def test_what_is_over_the_limit_is_not_recommended(made_up_times):
     explored = finished(exploration(Settings(memory_limit=1), free=16 * MIB))
     assert any(not trial.fits for trial in explored.trials) or explored.recommended().peak_bytes <= explored.limit_bytes
