@@ -53,10 +53,12 @@ def attention(
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
     with devices.without_autocast(query.device):
         chunks = Chunks(problem, plan_for(problem, settings), settings)
-        if problem.grad and chunks.plan.engine == "portable" and not chunks.plan.keeps_scores:
-            output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
-        else:
+        output = None
+        if not chunks.recomputes:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)
+        if chunks.recomputes:  # from the start, or since memory ran out
+            del output  # and what its graph keeps
+            output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
     if report is not None:
         report(chunks.plan)
     return output.reshape(*leading, *output.shape[-2:])
@@ -67,7 +69,8 @@ def attend_chunks(
 ) -> tuple[Tensor, Tensor | None]:
     """The loop: output [batch, heads, queries, value width], and for gradients the statistics [..., queries, 2].
 
-    A chunk that runs out of memory comes again in smaller pieces; what is already written stays.
+    A chunk that runs out of memory comes again in smaller pieces; what is already written stays. Unfinished, and of no
+    use, where `chunks` are still pending.
     """
     output = statistics = None
     for rows in chunks:
@@ -85,4 +88,6 @@ def attend_chunks(
             if chunks.problem.grad and chunk_statistics is not None:
                 statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
                 statistics[:, :, rows] = chunk_statistics
-    return new_output(query, value) if output is None else output, statistics
+    if output is None and not chunks.problem.queries:
+        output = new_output(query, value)
+    return output, statistics

@@ -49,7 +49,8 @@ class ChunkedAttention(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         if torch.is_grad_enabled():  # once_differentiable would let them pass as constants where grad_output is one
             raise RuntimeError(
-                "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never'"
+                "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never' "
+                "and the memory limit so high that scores are kept"
             )
         attempts = Attempts(*ctx.call)
         with devices.without_autocast(grad_output.device):

@@ -26,7 +26,8 @@ class Plan:
     """How one call is computed.
 
     `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all of them for *fused*);
-    `workspace_bytes` is the most that a call allocates beside its output. `reasons` says in words why this engine, and
+    `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
+    that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
     kept for the backward pass rather than recomputed in it.
     """
@@ -95,7 +96,7 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
             reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
     else:
         made = _plan_portable(problem, settings, limit)
-    if made.engine == portable.NAME and problem.grad and settings.checkpointing == "never":
+    if made.engine == portable.NAME and problem.grad and problem.queries and settings.checkpointing == "never":
         made = _keeping_scores(problem, made, limit)
     return replace(made, reasons=(*reasons, *made.reasons))
 

@@ -56,6 +56,11 @@ class Attempts:
         self.problem, self.plan, self.settings = problem, plan, settings
         self.pending = True
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradients are recomputed, rather than left to PyTorch and what it keeps."""
+        return self.problem.grad and self.plan.engine == portable.NAME and not self.plan.keeps_scores
+
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
         """Raises the device's own error when it is no out-of-memory, when retrying is off, or when the smallest chunk
@@ -93,14 +98,16 @@ class Attempts:
 class Chunks(Attempts):
     """The query chunks of a call, as slices; one that runs out of memory comes again in smaller pieces.
 
+    They end early, still pending, when from now on gradients are to be recomputed: that holds for a whole call only.
+
     for rows in chunks:
         with chunks.attempt():
             ...  # results of earlier chunks stay
     """
 
     def __iter__(self) -> Iterator[slice]:
-        start = 0
-        while start < self.problem.queries:
+        start, recomputed = 0, self.recomputes
+        while start < self.problem.queries and self.recomputes == recomputed:
             stop = min(start + self.plan.query_chunk, self.problem.queries)
             self.pending = True
             yield slice(start, stop)
@@ -111,12 +118,15 @@ class Chunks(Attempts):
 def halved(problem: Problem, plan: Plan) -> Plan | None:
     """The plan with its larger chunk halved; None when one row by the smallest key chunk has been tried.
 
+    Scores that were to be kept are recomputed first.
     Fused attention whose chunks are no longer worth a fused kernel gives way to the portable engine.
     """
     smallest_keys = min(SMALLEST_KV_CHUNK, problem.keys)
     queries, keys, _ = plan.sizes
     engine = plan.engine
-    if engine == fused.NAME:
+    if plan.keeps_scores:
+        plan = replace(plan, keeps_scores=False)
+    elif engine == fused.NAME:
         if queries > SMALLEST_FAST_QUERY_CHUNK:
             queries //= 2
         elif portable.why_not(problem):

@@ -222,3 +222,19 @@ def test_tokens_stay_before_heads_in_memory(settings):
     tensors = [normal(2, 11, 3, 8, seed=n).transpose(1, 2) for n in range(3)]
     output = attention(*tensors, settings=settings).transpose(1, 2)
     assert output.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask_dtype", "fill"),
+    [
+        (torch.float16, torch.bfloat16, torch.finfo(torch.bfloat16).min),
+        (torch.bfloat16, torch.float16, None),
+        (torch.float16, torch.float32, -1e5),
+    ],
+)
+def test_a_mask_with_numbers_that_the_queries_dtype_has_not(reference, dtype, mask_dtype, fill):
+    """It is not rounded to the queries' dtype on its way into a fused kernel."""
+    query, key, value = (torch.randn(1, 2, 64, 16).to(dtype) for _ in range(3))
+    mask = (torch.randn(64, 64) * 8 if fill is None else torch.full((64, 64), fill)).to(mask_dtype)
+    found = attention(query, key, value, mask=mask).double()
+    assert (found - reference(query, key, value, mask)).abs().max() <= (0.01 if dtype == torch.bfloat16 else 2e-3)

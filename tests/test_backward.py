@@ -112,6 +112,19 @@ def test_like_exact_attention(engine, mask, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_a_mask_wider_than_the_queries(checkpointing):
+    same_as_exact(inputs(), float_mask().double(), checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("engine", ["automatic", "portable"])
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
+def test_no_queries(checkpointing, engine):
+    query, key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (0, 5, 5))
+    attention(query, key, value, settings=Settings(engine=engine, checkpointing=checkpointing)).sum().backward()
+    assert query.grad.shape == query.shape and not key.grad.any() and not value.grad.any()
+
+
+@pytest.mark.parametrize("checkpointing", ["always", "never"])
 def test_a_row_masked_by_finite_numbers(checkpointing):
     """Beside a maximum of -3.4e38 the logarithm of any number of keys is lost, and with it the weights' sum."""
     mask = torch.zeros(SHAPES)

@@ -282,17 +282,18 @@ def test_workspace_is_what_a_call_takes(peak_bytes, shape):
 @pytest.mark.parametrize("mask", [None, ("all", torch.bool), ("one head", torch.float32)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("query_chunk", [100, 0])
-def test_what_kept_scores_take(peak_bytes, dtypes, mask, query_chunk):
-    query, key, value, mask = make((1, 4, 800, 700, 40, 40), dtypes, mask)
+@pytest.mark.parametrize("shape", [(1, 4, 800, 700, 40, 40), (1, 8, 1024, 77, 160, 160)], ids=str)
+def test_what_kept_scores_take(peak_bytes, shape, dtypes, mask, query_chunk):
+    query, key, value, mask = make(shape, dtypes, mask)
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
     settings = Settings(engine="portable", checkpointing="never", query_chunk=query_chunk, upcast=dtypes[2])
     made = []
-    peak = peak_bytes(
-        lambda: attention(*tensors, mask=mask, settings=settings, report=made.append).float().sum().backward()
-    )
-    gradients = sum(tensor.nbytes for tensor in tensors)
+    peak = peak_bytes(lambda: attention(*tensors, mask=mask, settings=settings, report=made.append).sum().backward())
+    results = sum(tensor.nbytes for tensor in tensors) + Problem.of(*tensors).output_bytes
     assert made[0].keeps_scores
-    assert abs(peak - gradients - made[0].workspace_bytes) <= 0.25 * peak, (str(made[0]), f"{peak / MIB:.1f} MiB")
+    planned, found = made[0].workspace_bytes, (str(made[0]), f"{peak / MIB:.1f} MiB")
+    assert peak <= 1.25 * (planned + results), found
+    assert planned <= 1.25 * peak, found  # not all gradients are there yet when most is held
 
 
 @pytest.mark.parametrize("engine", ["automatic", "portable"])

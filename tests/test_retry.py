@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention, plan, retry
 from lib_subquad import device as devices
-from lib_subquad.engines import portable
+from lib_subquad.engines import fused, portable
 from tests.personality import TEXT, FailAt, FailOver, alone
 
 
@@ -36,6 +37,42 @@ def test_no_tensor_may_be_large(checkpointing):
     assert device.failures >= 1 and plans[0].retries >= 1
     for found, expected in zip((output, *gradients), (right, *torch.autograd.grad(right.sum(), (query, key, value)))):
         assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_fused_kernel_given_up_while_training(monkeypatch, peak_bytes, reentrant):
+    """From then on gradients are recomputed, as they will be in the calls that remember it: in a checkpointed block the
+    second forward pass saves as many tensors as the first."""
+
+    def failing(*_):
+        raise RuntimeError(TEXT)
+
+    monkeypatch.setattr(fused, "attend", failing)
+    tensors = [torch.randn(1, 4, tokens, 40, requires_grad=True) for tokens in (512, 1024, 1024)]
+    right = exact(*tensors)
+    plans = []
+
+    def step():
+        call = lambda *given: attention(*given, report=plans.append)  # noqa: E731
+        output = call(*tensors) if reentrant is None else checkpoint(call, *tensors, use_reentrant=reentrant)
+        output.sum().backward()
+        return output
+
+    assert peak_bytes(step) < 4 * 512 * 1024 * 4  # no room for all scores
+    assert plans[0].engine == "portable" and plans[0].retries and not plans[0].keeps_scores
+    assert torch.allclose(attention(*tensors), right, atol=1e-5)
+    for tensor, gradient in zip(tensors, torch.autograd.grad(right.sum(), tensors)):
+        assert torch.allclose(tensor.grad, gradient, atol=1e-5)
+
+
+def test_scores_that_cannot_be_kept_are_recomputed():
+    tensors = [torch.randn(1, 4, 512, 40).half().float().requires_grad_() for _ in range(3)]
+    plans, settings = [], Settings(engine="portable", checkpointing="never")
+    with FailOver(4 * 512 * 512 * 4 - 1) as device:  # one byte short of a tensor of all scores
+        output = attention(*tensors, settings=settings, report=plans.append)
+        output.sum().backward()
+    assert device.failures == 1 and plans[0].retries == 1 and not plans[0].keeps_scores
+    assert torch.allclose(output, exact(*tensors), atol=1e-5)
 
 
 def test_what_is_written_stays(monkeypatch):

@@ -35,7 +35,9 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if problem.mask is not None and not _masks_are_right():
         reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
-    if _is_wider(problem.mask_dtype, problem.upcast_dtype):
+    if not problem.queries:
+        reasons.append("there are no queries")
+    if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
         return reasons or list(_kernel_reasons(problem, _switches()))
@@ -89,8 +91,9 @@ def attend(
     return output.to(problem.value_dtype), None
 
 
-def _is_wider(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
-    return mask is not None and mask != torch.bool and item_bytes(mask) > item_bytes(dtype)
+def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether a mask has numbers that `dtype` has not: a wider one, or the other half-precision dtype."""
+    return mask is not None and mask != torch.bool and torch.promote_types(mask, dtype) != dtype
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,17 +44,22 @@ def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
 def kept_bytes(problem: Problem, sizes: Sizes) -> int:
     """What a call and its backward pass hold where PyTorch itself keeps scores in between, beside output and gradients.
 
-    All weights, with a mask before and after rows that may attend to nothing are cleared; what one chunk makes of its
-    scores, or their gradients; and for every chunk the keys and values that were converted.
+    All weights, with a mask before and after rows that may attend to nothing are cleared, and the scaled queries; what
+    one chunk makes of its scores, or their gradients; for every chunk the keys and values that were converted; and with
+    several chunks the gradient of all queries that each has by itself, and a copy of the output's gradient.
     """
     item = item_bytes(devices.compute_dtype(problem.dtype))
-    row = problem.batch * problem.heads * problem.keys * item
+    heads = problem.batch * problem.heads
+    row = heads * problem.keys * item
     masked = problem.mask is not None
     converted = problem.dtype != devices.compute_dtype(problem.dtype)
-    chunks = math.ceil(problem.queries / sizes.queries) if sizes.queries else 0
-    keys = row * (problem.width + problem.value_width) * converted
     chunk = min(sizes.queries, problem.queries)
-    return row * (problem.queries * (1 + masked) + chunk * (2 - masked)) + chunks * keys
+    chunks = math.ceil(problem.queries / chunk)
+    keys = row * (problem.width + problem.value_width) * converted
+    queries = heads * problem.queries * problem.width
+    slices = queries * item_bytes(problem.dtype) + problem.output_bytes if chunks > 1 else 0
+    scores = row * (problem.queries * (1 + masked) + chunk * (2 - masked))
+    return scores + queries * item + chunks * keys + slices
 
 
 def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -114,7 +119,9 @@ def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     scores = torch.matmul(scaled(query, scale), key.to(compute).transpose(-2, -1))
     if mask is None:
         return torch.matmul(scores.softmax(-1), value.to(compute)).to(value.dtype)
-    scores = scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = (
+        scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask.to(compute)
+    )
     nothing = (scores == -math.inf).all(-1, keepdim=True)  # its softmax, and the gradient of that, would be NaN
     weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
     return torch.matmul(weights, value.to(compute)).to(value.dtype)
