@@ -111,8 +111,8 @@ OPTIONS: dict[str, Option] = {
     "checkpointing": Option(
         "automatic",
         "Checkpointing while training",
-        "Recompute scores in the backward pass: far less memory for about a third more time. automatic does so "
-        "whenever gradients are needed; never keeps scores if they fit the memory limit; images are not affected.",
+        "Recompute scores in the backward pass: far less memory for a little more time. 'automatic' does so "
+        "whenever gradients are needed; 'never' keeps them where they fit the memory limit. Images are not affected.",
         choices=("automatic", "always", "never"),
     ),
     "upcast": Option(

@@ -5,6 +5,7 @@ First every candidate once; then the fastest of them and Automatic again, in rou
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +40,7 @@ TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets
 class Trial:
     """A setting measured on every shape: seconds of attention in one step, and the largest peak of any call.
 
-    `seconds` are the medians of every call's repeats, `fastest_seconds` their minima.
+    `seconds` are the medians of every call's repeats, `fastest_seconds` their minima, `repeats` the fewest of any call.
     `peak_bytes` is the plan's estimate, or what was measured where that is more (a high-water mark does not see memory
     that the process already held); the call's result is not counted.
     """
@@ -49,6 +50,7 @@ class Trial:
     fastest_seconds: float
     peak_bytes: int
     fits: bool
+    repeats: int
 
     def clearly_faster_than(self, other: Trial) -> bool:
         return (
@@ -133,9 +135,12 @@ class Exploration:
         if not fitting:
             return min(self.trials, key=lambda trial: trial.peak_bytes, default=None)
         automatic = self.automatic()
-        if automatic is not None and automatic.fits:
-            fitting = [trial for trial in fitting if trial.clearly_faster_than(automatic)]
-        return min(fitting, key=lambda trial: trial.seconds, default=automatic)
+        if automatic is None or not automatic.fits:
+            most = max(trial.repeats for trial in fitting)
+            return min((trial for trial in fitting if trial.repeats == most), key=lambda trial: trial.seconds)
+        better = (trial for trial in fitting if trial.repeats >= automatic.repeats)
+        better = (trial for trial in better if trial.clearly_faster_than(automatic))
+        return min(better, key=lambda trial: trial.seconds, default=automatic)
 
     def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial]:
         """Trials of these settings from new measurements alone, in rounds that alternate between them."""
@@ -171,7 +176,8 @@ class Exploration:
     def _finalists(self) -> list[Settings]:
         fitting = sorted((trial for trial in self.trials if trial.fits), key=lambda trial: trial.seconds)
         chosen = [trial.settings for trial in fitting[:FINALISTS]]
-        return list(dict.fromkeys([replace(self.settings, retry=False, **AUTOMATIC), *chosen]))
+        today = replace(self.settings, retry=False)
+        return list(dict.fromkeys([replace(today, **AUTOMATIC), today, *chosen]))
 
     def _pending(self, candidates: Iterable[Settings], again: bool = False) -> list[tuple[Problem, Plan]]:
         """The distinct calls that the candidates come to, Automatic's first."""
@@ -193,7 +199,6 @@ class Exploration:
         return _cost(row.problem) * row.layers >= NEGLIGIBLE_SHARE * whole
 
     def _measure(self, problem: Problem, plan: Plan) -> None:
-        query, key, value = _tensors(problem)
         whole = plan.engine == fused.NAME and plan.query_chunk >= problem.queries
         settings = replace(
             self.settings,
@@ -202,9 +207,17 @@ class Exploration:
             query_chunk=0 if whole else min(plan.query_chunk, CHUNK_MAX),
             kv_chunk=0 if plan.engine == fused.NAME else min(plan.kv_chunk, CHUNK_MAX),
         )
-        small = query[..., :64, :]
-        attention(small, key, value, settings=settings)  # libraries load and caches fill outside the measurement
-        seconds, peak = meter.measure(lambda: attention(query, key, value, settings=settings), self.device)
+        try:
+            query, key, value = _tensors(problem)
+            small = query[..., :64, :]
+            attention(small, key, value, settings=settings)  # libraries load and caches fill outside the measurement
+            seconds, peak = meter.measure(lambda: attention(query, key, value, settings=settings), self.device)
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            seconds, peak = math.inf, None
+        if math.isinf(seconds):  # out of the except block, which holds the tensors that the call had made
+            devices.release_cached(self.device)
         peak = max(plan.workspace_bytes, (peak or 0) - problem.output_bytes)
         self._measured.setdefault((problem, plan.engine, plan.sizes), []).append((seconds, peak))
 
@@ -216,14 +229,14 @@ class Exploration:
     def _trial(self, settings: Settings) -> Trial | None:
         calls = self._calls(settings)
         found = [self._measured.get((problem, plan.engine, plan.sizes)) for problem, plan in calls]
-        if not all(found):
+        if not all(found) or any(math.isinf(seconds) for runs in found for seconds, _ in runs):  # ran out of memory
             return None
         medians, minima = (
             sum(row.layers * of(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found))
             for of in (statistics.median, min)
         )
         peak = max(statistics.median(peak for _, peak in runs) for runs in found)
-        return Trial(settings, medians, minima, int(peak), peak <= self.limit_bytes)
+        return Trial(settings, medians, minima, int(peak), peak <= self.limit_bytes, min(map(len, found)))
 
 
 def _same_choice(one: Settings, other: Settings) -> bool:

@@ -46,14 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(table(rows))
     print(f"\nRecommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}")
-    if arguments.verify and not stopped:
-        print(_verified(exploration, arguments.verify))
     if arguments.json:
         cli.write_json(arguments.json, _as_json(asked, exploration))
     if arguments.plot:
         from .picture import draw
 
         draw(exploration).savefig(arguments.plot)
+    if arguments.verify and not stopped:
+        try:
+            print(_verified(exploration, arguments.verify))
+        except KeyboardInterrupt:
+            return 130
     return 130 if stopped else 0
 
 
@@ -84,7 +87,12 @@ def _measure(exploration: Exploration) -> bool:
 
 def _verified(exploration: Exploration, repeats: int) -> str:
     """How the recommended setting does beside Automatic in measurements that had no part in choosing it."""
-    chosen = exploration.recommended().settings, exploration.automatic().settings
+    recommended, automatic = exploration.recommended(), exploration.automatic()
+    if automatic is None:
+        return "Automatic could not be measured: there is nothing to compare with."
+    if recommended is automatic:
+        return "Automatic itself is recommended: there is nothing to compare."
+    chosen = recommended.settings, automatic.settings
     recommended, automatic = exploration.measured_again(chosen, repeats)
     return (
         f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "

@@ -14,12 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     asked = question.read(arguments)
-    checkpoint = asked.checkpoint
+    checkpoint, rows = asked.checkpoint, asked.rows()
     unet = sum(layer.part == "unet" for layer in checkpoint.layers)
     print(f"{checkpoint.family}: {unet} attention layers in the U-Net, {len(checkpoint.layers) - unet} in the VAE\n")
-    print(table([row.cells() for row in asked.rows()]))
+    print(table([row.cells() for row in rows]))
     size = (asked.layers, asked.width, asked.height, asked.batch, asked.dtype, asked.device, asked.settings)
     largest = largest_image(*size)
+    if largest is None or max(largest) < max(asked.width, asked.height):
+        print(f"\nAn image of {asked.width} x {asked.height} does not fit the memory limit.")
     if largest is None:
         print("\nNot even the smallest image keeps its attention inside the memory limit.")
     else:

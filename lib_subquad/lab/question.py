@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint import Checkpoint, read_attention_layers
 from ..settings import OPTIONS, Settings
-from .explain import Row, explain
+from .explain import LARGEST_SIDE, SIZE_STEP, Row, explain
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -81,12 +81,15 @@ def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "512" or "1024x1536".
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or more or less than `largest_image` goes to.
     """
     match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
     if match is None:
         raise ValueError(f"size is {text!r}; expected pixels such as 512 or 1024x1536")
-    return int(match[1]), int(match[2] or match[1])
+    width, height = int(match[1]), int(match[2] or match[1])
+    if not all(SIZE_STEP <= side <= LARGEST_SIDE for side in (width, height)):
+        raise ValueError(f"size is {text!r}; expected from {SIZE_STEP} to {LARGEST_SIDE} pixels")
+    return width, height
 
 
 def best_device() -> torch.device:

@@ -15,66 +15,91 @@ from .models import Refused
 from .optimizer import ENTRY
 
 
-class Laboratory:
-    """One for all visitors, as the settings are: the last exploration, and what the last Apply replaced."""
+class Measurement:
+    """What one page measures: the wish that it stop, and when it has ended what was explored."""
 
     def __init__(self) -> None:
+        self.running = True
         self.exploration: Exploration | None = None
-        self._replaced: dict[str, object] | None = None
         self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+class Laboratory:
+    """One for all visitors, as the settings are: what the last Apply replaced."""
+
+    def __init__(self) -> None:
+        self._replaced: dict[str, object] | None = None
 
     def explain(self, checkpoint: str, width, height, batch) -> str:
         """The plan table, as HTML."""
         settings = options.current()
         try:
             found, rows = models.rows_for(checkpoint, width, height, batch, settings)
-            return words.plan_table(
-                found, rows, models.largest(found, width, height, batch, settings) if rows else None
-            )
+            largest = models.largest(found, width, height, batch, settings) if rows else None
+            return words.plan_table(found, rows, largest, (int(width), int(height)))
         except Refused as error:
             return words.CSS + words.warning(str(error))
 
-    def measure(self, checkpoint: str, width, height, batch) -> Iterator[tuple[str, Exploration | None]]:
-        """(HTML, exploration) as measuring goes on. Generation waits meanwhile; the device's memory is given back."""
+    def measure(self, checkpoint: str, width, height, batch) -> Iterator[tuple[str, Measurement]]:
+        """(HTML, measurement) as measuring goes on. Generation waits meanwhile; the device's memory is given back."""
+        measurement = Measurement()
+        try:
+            for answer in self._measure(measurement, checkpoint, width, height, batch):
+                yield answer, measurement
+        finally:  # also when the visitor closes the page
+            measurement.running = False
+
+    def _measure(self, measurement: Measurement, *question) -> Iterator[str]:
         settings = options.current()
         try:
-            _, rows = models.rows_for(checkpoint, width, height, batch, settings)
+            _, rows = models.rows_for(*question, settings)
         except Refused as error:
-            yield words.CSS + words.warning(str(error)), None
+            yield words.CSS + words.warning(str(error))
             return
         if not rows:
-            yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves."), None
+            yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves.")
             return
         if not call_queue.queue_lock.acquire(blocking=False):
-            yield words.CSS + words.warning("An image is being made: measure when it is done."), None
+            yield words.CSS + words.warning("An image is being made: measure when it is done.")
             return
-        self._cancelled.clear()
         exploration = Exploration(rows, settings, models.device())
         try:
             for step in exploration.run():
-                if self._cancelled.is_set():
+                if measurement.cancelled:
                     break
-                yield words.CSS + words.progress(step.done, step.total, step.seconds_left, step.what), None
+                yield words.CSS + words.progress(step.done, step.total, step.seconds_left, step.what)
         except Exception as error:  # a device that cannot even be measured says so in its own words
-            yield words.CSS + words.warning(f"Measuring stopped: {error}"), None
+            yield words.CSS + words.warning(f"Measuring stopped: {error}")
             return
-        finally:  # also when the visitor closes the page
-            if exploration.trials:
-                self.exploration = exploration
+        finally:
             devices.release_cached(exploration.device)
             call_queue.queue_lock.release()
         if not exploration.trials:
-            yield words.CSS + words.warning("Cancelled before a first setting was measured."), None
+            why = "Cancelled before a first setting was measured." if measurement.cancelled else "Nothing fits here."
+            yield words.CSS + words.warning(why)
             return
-        cancelled = words.warning("Cancelled: this is what had been measured.") if self._cancelled.is_set() else ""
-        yield cancelled + words.trial_table(exploration), exploration
+        measurement.exploration = exploration
+        cancelled = words.warning("Cancelled: this is what had been measured.") if measurement.cancelled else ""
+        yield cancelled + words.trial_table(exploration)
 
-    def cancel(self) -> None:
-        self._cancelled.set()
+    def cancel(self, measurement: Measurement | None) -> str:
+        """Stop this page's own measurement, and no other's."""
+        if measurement is None or not measurement.running:
+            return "Nothing is being measured on this page."
+        measurement.cancel()
+        return "Measuring stops when the call under way has ended."
 
-    def apply(self) -> tuple[str, dict[str, object]]:
-        """Set what is recommended: a message, and the settings that sliders are to show."""
-        trial = self.exploration.recommended() if self.exploration else None
+    def apply(self, measurement: Measurement | None) -> tuple[str, dict[str, object]]:
+        """Set what this page was recommended: a message, and the settings that sliders are to show."""
+        exploration = measurement.exploration if measurement else None
+        trial = exploration.recommended() if exploration else None
         if trial is None:
             return "Measure first: there is nothing to apply yet.", {}
         wanted = {name: getattr(trial.settings, name) for name in TUNED}

@@ -18,7 +18,8 @@ SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 INTRODUCTION = """\
 Attention is the part of the model in which every piece of the image looks at every other one; it is what takes the most
 memory in large images. *Explain* shows at once how it will be computed for an image of your size. *Measure* tries
-engines and chunk sizes on this device, for about a minute, and *Apply* sets the best one.
+engines and chunk sizes on this device, which takes a minute or so, longer for large images, and *Apply* sets the best
+one.
 """
 
 # Settings pages that are open show a value until they are told another; the web UI's own widgets carry these ids, in
@@ -73,16 +74,17 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             interactive=False,
         )
         answer = gr.HTML(elem_id="subquad_answer")
+        measurement = gr.State(None)  # this page's own
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
 
     with tab:
         question = [checkpoint, width, height, batch]
         refresh.click(_refresh, None, [status, checkpoint], queue=False, api_name=False)
-        explain.click(LABORATORY.explain, question, answer, queue=False, api_name=False)
-        measure.click(_measure, question, [answer, plot], api_name=False)
-        cancel.click(LABORATORY.cancel, None, None, queue=False, api_name=False)
-        for button, action in ((apply, LABORATORY.apply), (undo, LABORATORY.undo)):
-            done = button.click(_and_tell(action), None, [message, payload, status], queue=False, api_name=False)
+        explain.click(_explain, question, [answer, message], queue=False, api_name=False)
+        measure.click(_measure, question, [answer, plot, message, measurement], api_name=False)
+        cancel.click(_cancel, measurement, message, queue=False, api_name=False)
+        for button, action, given in ((apply, LABORATORY.apply, measurement), (undo, LABORATORY.undo, None)):
+            done = button.click(_and_tell(action), given, [message, payload, status], queue=False, api_name=False)
             done.then(None, payload, payload, **{SCRIPT: MOVE_SLIDERS})
 
     for widget in (checkpoint, width, height, batch, payload):
@@ -98,11 +100,21 @@ def _refresh():
     return LABORATORY.status(), gr.update(choices=models.titles())
 
 
+def _explain(*question):
+    return LABORATORY.explain(*question), ""
+
+
 def _measure(*question):
-    """The generator behind Measure: the answer and the plot, again and again."""
-    yield "", gr.update(visible=False)
-    for answer, exploration in LABORATORY.measure(*question):
-        yield answer, gr.update() if exploration is None else gr.update(value=_picture(exploration), visible=True)
+    """The generator behind Measure: the answer, the plot, no message, and the measurement, again and again."""
+    yield "", gr.update(visible=False), "", None
+    for answer, measurement in LABORATORY.measure(*question):
+        found = measurement.exploration
+        plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
+        yield answer, plot, gr.update() if found is None else "", measurement
+
+
+def _cancel(measurement):
+    return words.line(LABORATORY.cancel(measurement))
 
 
 def _picture(exploration):
@@ -116,8 +128,8 @@ def _picture(exploration):
 
 
 def _and_tell(action):
-    def act():
-        message, settings = action()
+    def act(*given):
+        message, settings = action(*given)
         return words.line(message), json.dumps(settings), LABORATORY.status()
 
     return act

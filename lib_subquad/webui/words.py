@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from ..checkpoint import Checkpoint
-from ..lab.explain import Row, megabytes
+from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration, Trial
 from .status import Generation
 
@@ -22,6 +22,8 @@ TERMS = {
     "Query chunk": "How many tokens ask at a time. Smaller needs less memory and takes longer.",
     "KV chunk": "How many tokens are looked at in one go, as keys and values. Smaller needs less memory.",
     "Workspace": "Memory that one call needs beside its input and its result.",
+    "Memory limit": "The share of the device's free memory that the settings allow for one call's workspace; here the "
+    "call's queries, keys, values and result count as well.",
     "Why": "Why this engine, and which of your settings had to give way.",
     "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
     "Time": "Attention alone, in one sampling step, on this device.",
@@ -35,9 +37,9 @@ CSS = """
 <style>
 .subquad-table {overflow-x: auto}
 .subquad-table table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap}
-.subquad-table th, .subquad-table td {text-align: left; padding: .35em .8em .35em 0; vertical-align: top}
+.subquad-table th, .subquad-table td {text-align: left; padding: .35em .6em .35em 0; vertical-align: top}
 .subquad-table tr {border-bottom: 1px solid var(--border-color-primary, #8884)}
-.subquad-table td:last-child {white-space: normal; min-width: 12em}
+.subquad-table td:last-child {white-space: normal; min-width: 8em}
 .subquad-table abbr, .subquad-line abbr {text-decoration: underline dotted; cursor: help}
 .subquad-line {margin: .3em 0}
 .subquad-warning {border-left: 3px solid #d97706; padding-left: .6em}
@@ -58,7 +60,7 @@ def warning(text: str) -> str:
     return f'<p class="subquad-line subquad-warning">{escape(text)}</p>'
 
 
-def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int] | None) -> str:
+def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int] | None, asked: tuple[int, int]) -> str:
     """The answer to Explain."""
     notes = "".join(line(escape(note)) for note in checkpoint.notes)
     if not rows:
@@ -71,12 +73,16 @@ def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int]
         f"{vae} in the VAE."
     )
     table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
-    size = (
-        f"Largest image in these proportions whose attention stays inside the {term('memory limit', 'Workspace')}: "
-        f"<b>{largest[0]} x {largest[1]}</b>. The rest of the model needs memory as well."
-        if largest
-        else "Not even the smallest image keeps its attention inside the memory limit."
-    )
+    limit = term("memory limit", "Memory limit")
+    size = f"Not even the smallest image keeps its attention inside the {limit}."
+    if largest:
+        more = " or larger" if max(largest) >= LARGEST_SIDE else ""
+        size = (
+            f"Largest image in these proportions whose attention stays inside the {limit}: "
+            f"<b>{largest[0]} x {largest[1]}</b>{more}. The rest of the model needs memory as well."
+        )
+    if not largest or max(largest) < max(asked):
+        size = f"<b>An image of {asked[0]} x {asked[1]} does not fit.</b> {size}"
     return CSS + line(summary) + table + line(size) + notes
 
 
@@ -115,10 +121,14 @@ def verdict(today: Trial | None, recommended: Trial | None) -> str:
     if today is None:
         return f"Recommended: <b>{escape(recommended.label)}</b>."
     if today.label == recommended.label:
-        return f"Your setting, <b>{escape(today.label)}</b>, is the best one here."
+        return f"Your setting, <b>{escape(today.label)}</b>, is the best one here: nothing is clearly faster."
     change = today.seconds / recommended.seconds
-    faster = f"{change:.2f} times as fast as" if change >= 1 else f"slower ({change:.2f} times) but smaller than"
-    return f"Recommended: <b>{escape(recommended.label)}</b>, {faster} yours, {escape(today.label)}."
+    beside = f"{change:.2f} times as fast as yours, {escape(today.label)}"
+    if not today.fits:
+        beside = f"which stays inside the memory limit as yours, {escape(today.label)}, does not"
+    elif not recommended.clearly_faster_than(today):
+        beside = f"but yours, {escape(today.label)}, is as fast within what repeats differ by"
+    return f"Recommended: <b>{escape(recommended.label)}</b>, {beside}."
 
 
 def progress(done: int, total: int, seconds_left: float | None, what: str) -> str:

@@ -30,16 +30,16 @@ def test_measure_holds_the_queue_and_gives_it_back(laboratory, lock):
     steps = laboratory.measure(*QUESTION)
     next(steps)
     assert not lock.acquire(blocking=False)
-    answer, exploration = finished(steps)
-    assert "recommended" in answer and exploration.trials
+    answer, measurement = finished(steps)
+    assert "recommended" in answer and measurement.exploration.trials and not measurement.running
     assert lock.acquire(blocking=False)
     lock.release()
 
 
 def test_it_refuses_while_an_image_is_made(laboratory, lock):
     with lock:
-        answer, exploration = finished(laboratory.measure(*QUESTION))
-    assert "An image is being made" in answer and exploration is None
+        answer, measurement = finished(laboratory.measure(*QUESTION))
+    assert "An image is being made" in answer and measurement.exploration is None
 
 
 @pytest.mark.parametrize("ending", ["cancel", "the page is closed", "an error"])
@@ -47,9 +47,9 @@ def test_the_queue_is_free_again_whatever_ends_it(laboratory, lock, ending, monk
     from lib_subquad.lab import meter
 
     steps = laboratory.measure(*QUESTION)
-    next(steps)
+    _, measurement = next(steps)
     if ending == "cancel":
-        laboratory.cancel()
+        assert "stops when" in laboratory.cancel(measurement)
         assert "Cancelled" in finished(steps)[0]
     elif ending == "the page is closed":
         steps.close()
@@ -78,25 +78,37 @@ def test_a_question_that_cannot_be_answered(laboratory, lock, question, words):
 
 def test_apply_and_undo(laboratory, loaded):
     loaded.opts.set("subquad_query_chunk", 1)
-    finished(laboratory.measure(*QUESTION))
-    recommended = laboratory.exploration.recommended().settings
-    message, moved = laboratory.apply()
+    _, measurement = finished(laboratory.measure(*QUESTION))
+    recommended = measurement.exploration.recommended().settings
+    message, moved = laboratory.apply(measurement)
     assert recommended.query_chunk != 1 and moved["subquad_query_chunk"] == recommended.query_chunk
     assert f"1 → {recommended.query_chunk}" in message
     assert loaded.opts.subquad_query_chunk == recommended.query_chunk
-    assert laboratory.apply()[1] == {}  # in force already
+    assert laboratory.apply(measurement)[1] == {}  # in force already
     assert laboratory.undo()[1]["subquad_query_chunk"] == loaded.opts.subquad_query_chunk == 1
     assert laboratory.undo() == ("There is nothing to undo.", {})
 
 
 def test_a_frozen_setting_gets_a_message(laboratory, loaded, monkeypatch):
     loaded.opts.set("subquad_query_chunk", 1)
-    finished(laboratory.measure(*QUESTION))
+    _, measurement = finished(laboratory.measure(*QUESTION))
 
     def frozen(key, value):
         raise AssertionError("changing settings is disabled")
 
     monkeypatch.setattr(loaded.opts, "set", frozen, raising=False)
-    message, moved = laboratory.apply()
+    message, moved = laboratory.apply(measurement)
     assert "changing settings is disabled" in message and moved == {}
     assert loaded.opts.subquad_query_chunk == 1
+
+
+def test_pages_do_not_meddle_with_each_other(laboratory):
+    """What one page cancels or applies is its own."""
+    _, one = finished(laboratory.measure(*QUESTION))
+    steps = laboratory.measure(*QUESTION)
+    _, other = next(steps)
+    assert laboratory.cancel(one) == laboratory.cancel(None) == "Nothing is being measured on this page."
+    assert not other.cancelled
+    assert laboratory.apply(other) == ("Measure first: there is nothing to apply yet.", {})
+    steps.close()
+    assert not other.running

@@ -59,7 +59,8 @@ def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
     given = ["--query-chunk", "128", "--vae", "off", "--verify", "2"]
     done = run("lab", "--checkpoint", checkpoint, "--size", "128", "--device", "cpu", *given, *output)
     assert done.returncode == 0, done.stderr
-    assert "recommended" in done.stdout and "Measured again, 2 times in turn" in done.stdout
+    assert "recommended" in done.stdout
+    assert "Measured again, 2 times in turn" in done.stdout or "Automatic itself is recommended" in done.stdout
     trials = json.loads(found.read_text())["trials"]
     (recommended,) = [trial for trial in trials if trial["recommended"]]
     assert recommended["fits"] and recommended["seconds"] <= 1.04 * min(trial["seconds"] for trial in trials)

@@ -78,6 +78,36 @@ def test_what_slowed_automatic_for_a_while_recommends_nothing_else(monkeypatch):
     assert explored.recommended().label == "automatic"
 
 
+def test_what_was_measured_once_is_not_recommended(monkeypatch):
+    """Three others were lucky once and became finalists; this one, never measured again, beats their medians."""
+    explored = exploration()
+    turns = {}
+
+    def measured(problem, plan):
+        key = problem, plan.engine, plan.sizes
+        turns[key] = turns.get(key, 0) + 1
+        rank = list(turns).index(key)
+        lucky = {1: 0.80, 2: 0.81, 3: 0.82, 4: 0.90}.get(rank, 1.0) if turns[key] == 1 else 1.0
+        explored._measured.setdefault(key, []).append((lucky, plan.workspace_bytes))
+
+    monkeypatch.setattr(explored, "_measure", measured)
+    finished(explored)
+    assert min(trial.seconds for trial in explored.trials) == pytest.approx(3 * 0.90)
+    assert explored.recommended().label == "automatic"
+
+
+def test_a_setting_that_runs_out_of_memory_is_left_out(monkeypatch):
+    def attend(query, key, value, settings):
+        if settings.kv_chunk == 256:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lib_subquad.lab.explore.attention", attend)
+    explored = finished(exploration())
+    assert explored.trials and all(trial.settings.kv_chunk != 256 for trial in explored.trials)
+    assert len(explored.trials) < len(explored._candidates())
+    assert explored.recommended() is not None
+
+
 def test_measured_again_takes_no_part_of_what_was_measured(monkeypatch):
     explored = exploration()
     for number, answer in enumerate((1.0, 7.0)):
