@@ -52,10 +52,11 @@ class AttentionTab:
         return query, keys, self.page.locator("[id=setting_subquad_engine] input:checked").first.input_value()
 
 
-def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate: Callable[[], None]) -> None:
+def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate: Callable[[], int]) -> None:
     """The whole way: explain, measure, cancel, measure, apply, generate, see it in the status line, undo.
 
-    `set_query_chunk` sets the slider as a visitor of this host does, `generate` makes an image; both may leave the tab.
+    `set_query_chunk` sets the slider as a visitor of this host does, `generate` makes an image and tells how many
+    tokens it has; both may leave the tab.
     """
     tab = AttentionTab(page).open(side=512)  # of which measuring does not end before it is cancelled
     tab.click("explain")
@@ -82,7 +83,7 @@ def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate:
     query_chunk, kv_chunk, engine = tab.settings
     assert (query_chunk, kv_chunk, engine) != ("1", "0", "automatic")
 
-    generate()
+    tokens = generate()
     tab.open()
     tab.click("refresh")
     tab.wait_for("#subquad_status", "Last generation")
@@ -91,7 +92,7 @@ def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate:
     assert ", 1 x " not in tab.status  # no longer one query at a time
     assert ("portable" if engine == "portable" else "fused") in tab.status
     if query_chunk != "0":
-        assert f"{query_chunk} x " in tab.status
+        assert f" {min(int(query_chunk), tokens)} x " in tab.status
 
     tab.click("undo")
     tab.wait_for_setting("query_chunk", "1")

@@ -234,7 +234,8 @@ def test_tokens_stay_before_heads_in_memory(settings):
 )
 def test_a_mask_with_numbers_that_the_queries_dtype_has_not(reference, dtype, mask_dtype, fill):
     """It is not rounded to the queries' dtype on its way into a fused kernel."""
+    torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 64, 16).to(dtype) for _ in range(3))
     mask = (torch.randn(64, 64) * 8 if fill is None else torch.full((64, 64), fill)).to(mask_dtype)
     found = attention(query, key, value, mask=mask).double()
-    assert (found - reference(query, key, value, mask)).abs().max() <= (0.01 if dtype == torch.bfloat16 else 2e-3)
+    assert (found - reference(query, key, value, mask)).abs().max() <= 0.02  # rounded: 0.06 and more

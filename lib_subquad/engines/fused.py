@@ -93,7 +93,9 @@ def attend(
 
 def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
     """Whether a mask has numbers that `dtype` has not: a wider one, or the other half-precision dtype."""
-    return mask is not None and mask != torch.bool and torch.promote_types(mask, dtype) != dtype
+    if mask is None or mask == torch.bool:
+        return False
+    return torch.finfo(mask).max > torch.finfo(dtype).max or torch.finfo(mask).eps < torch.finfo(dtype).eps
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:

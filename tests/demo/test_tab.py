@@ -15,6 +15,7 @@ def test_from_explain_to_undo(page):
         open_generate(page)
         page.click("#demo_generate")
         page.wait_for_function("() => document.querySelector('#demo_infotext textarea').value.includes('Steps: 2')")
+        return 64  # the demo was started with images of 64 x 64 pixels, of which a token has 8 x 8
 
     from_explain_to_undo(page, set_query_chunk, generate)
 

@@ -41,10 +41,11 @@ def set_query_chunk(page, value: int) -> str:
     return apply_settings(page)
 
 
-def generate(page, side: int = 128, steps: int = 2) -> None:
-    """Make an image with the page's own button."""
+def generate(page, side: int = 128, steps: int = 2) -> int:
+    """Make an image with the page's own button; how many tokens it has, of 8 x 8 pixels."""
     open_tab(page, "txt2img")
     for name, value in (("width", side), ("height", side), ("steps", steps)):
         set_number(page, f"txt2img_{name}", value)
     page.click("#txt2img_generate")
     wait_for(page, "#html_info_txt2img", f"Size: {side}x{side}")
+    return (side // 8) ** 2
