@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import question
-from .explain import largest_image
+from .explain import LARGEST_SIDE, largest_image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("\nNot even the smallest image keeps its attention inside the memory limit.")
     else:
         width, height = largest
-        print(f"\nLargest image in these proportions whose attention stays inside the memory limit: {width} x {height}")
+        more = " or larger" if max(largest) >= LARGEST_SIDE else ""
+        size = f"{width} x {height}{more}"
+        print(f"\nLargest image in these proportions whose attention stays inside the memory limit: {size}")
     for note in checkpoint.notes:
         print(note)
     return 0

@@ -110,7 +110,9 @@ def _measure(*question):
     for answer, measurement in LABORATORY.measure(*question):
         found = measurement.exploration
         plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
-        yield answer, plot, gr.update() if found is None else "", measurement
+        # What Cancel said is over with the answer that comes next.
+        message = "" if found or measurement.cancelled else gr.update()
+        yield answer, plot, message, measurement
 
 
 def _cancel(measurement):

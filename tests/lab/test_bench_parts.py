@@ -74,7 +74,9 @@ def test_every_peer_is_exact(name):
         attend = peers.find(name).make(small_problem())
         with torch.no_grad():
             output = attend(query, key, value)
-    except (peers.Unsupported, NotImplementedError) as error:  # xFormers knows no CPU
+    except (peers.Unsupported, NotImplementedError) as error:
+        if name != "xformers":  # which knows no CPU, and is not installed
+            raise
         pytest.skip(str(error))
     torch.testing.assert_close(output.double(), weights @ value.double(), atol=2e-6, rtol=0)
 
