@@ -21,7 +21,8 @@ class Rules:
     """What one kind of device allows and prefers.
 
     `largest_elements` and `largest_bytes` bound every tensor a call makes; None means that only memory does.
-    `tile_bytes` is the size of score buffer that automatic sizes aim for, and `kv_tile` its width in keys.
+    `tile_bytes` is the size of score buffer that automatic sizes aim for, and `kv_tile` its width in keys;
+    `least_tile_bytes` the smallest that is still efficient: no count of free memory alone leads to a smaller one.
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
     """
 
@@ -31,6 +32,7 @@ class Rules:
     contiguous: bool = False
     float64: bool = True
     tile_bytes: int = 128 * MIB
+    least_tile_bytes: int = 16 * MIB
     kv_tile: int = 4096
     lazy_maximum: bool = False
 
@@ -42,8 +44,9 @@ class Rules:
 
 RULES = {
     # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: a 4 MiB buffer
-    # stays in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again.
-    "cpu": Rules(tile_bytes=4 * MIB, kv_tile=512, lazy_maximum=True),
+    # stays in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again. With 1 MiB, 256
+    # queries x 512 keys x 2 heads, calls take 1.05-1.3 times as long; with 64 x 512 x 2 up to twice as long.
+    "cpu": Rules(tile_bytes=4 * MIB, least_tile_bytes=MIB, kv_tile=512, lazy_maximum=True),
     # Tiles on accelerators are reasoned, not measured: large enough that launching a kernel (about 10 us) is lost
     # beside computing one, small enough to fit a 4 GB card.
     "cuda": Rules(),
@@ -117,14 +120,15 @@ def _free_cuda(device: torch.device) -> int:
 
 
 def _free_mps(device: torch.device) -> int:
-    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    # driver_allocated_memory() counts what the allocator caches, which is free for us: PyTorch #105839, web UI #11848.
+    return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
 
 
 def _free_xpu(device: torch.device) -> int:
-    unused = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
-    if hasattr(torch.xpu, "mem_get_info"):
-        return torch.xpu.mem_get_info(device)[0] + unused
-    return torch.xpu.get_device_properties(device).total_memory - torch.xpu.memory_allocated(device)
+    allocated = torch.xpu.memory_allocated(device)
+    with contextlib.suppress(AttributeError, RuntimeError):  # newer than torch 2.5, and not every driver answers it
+        return torch.xpu.mem_get_info(device)[0] + torch.xpu.memory_reserved(device) - allocated
+    return torch.xpu.get_device_properties(device).total_memory - allocated
 
 
 def _free_directml(device: torch.device) -> int:
@@ -159,8 +163,8 @@ def _free_container() -> float:
     free = float("inf")
     for limit, used, statistics in _container_files():
         with contextlib.suppress(OSError, ValueError):
-            # "max" is a ValueError: no limit at this level. File pages nobody uses are given back on demand.
-            free = min(free, _number(limit) - _number(used) + _inactive_file_bytes(statistics))
+            # "max" is a ValueError: no limit at this level.
+            free = min(free, _number(limit) - _number(used) + _reclaimable_bytes(statistics))
     return free
 
 
@@ -193,13 +197,22 @@ def _number(path: str) -> int:
         return int(file.read())
 
 
-def _inactive_file_bytes(path: str) -> int:
+def _reclaimable_bytes(path: str) -> int:
+    """What the kernel gives back on demand: pages of files, recently used ones too (a checkpoint that was read twice),
+    and its own caches of names. Pages of tmpfs count as anonymous ones here, as they should.
+
+    A group's statistics in version 1 tell its own pages and, as total_…, those of the groups below it, which its use
+    counts as well.
+    """
+    found = {}
     with contextlib.suppress(OSError), open(path) as lines:
         for line in lines:
-            if line.startswith(("inactive_file ", "total_inactive_file ")):
-                return int(line.split()[1])
-    return 0
+            name, _, number = line.partition(" ")
+            found[name] = number
+    return sum(int(found.get(f"total_{name}", found.get(name, 0))) for name in RECLAIMABLE)
 
+
+RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")  # cgroup-v2.rst and cgroup-v1/memory.rst of Linux
 
 _FREE = {
     "cuda": _free_cuda,

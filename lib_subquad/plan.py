@@ -88,7 +88,7 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
     """The plan for a problem; see `plan`."""
     if free_bytes is None:
         free_bytes = devices.free_bytes(problem.device)
-    limit = free_bytes * settings.memory_limit // 100
+    share, limit = free_bytes * settings.memory_limit // 100, limit_bytes(problem, settings, free_bytes)
     engine, reasons = _choose(problem, settings)
     if engine == fused.NAME:
         made = _plan_fused(problem, settings, limit)
@@ -96,9 +96,22 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
             reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
     else:
         made = _plan_portable(problem, settings, limit)
+    if made.workspace_bytes > share:
+        made = replace(made, reasons=(*made.reasons, _floor_won(limit)))
     if made.engine == portable.NAME and problem.grad and problem.queries and settings.checkpointing == "never":
-        made = _keeping_scores(problem, made, limit)
+        made = _keeping_scores(problem, made, share)
     return replace(made, reasons=(*reasons, *made.reasons))
+
+
+def limit_bytes(problem: Problem, settings: Settings, free_bytes: int) -> int:
+    """What a call may allocate beside its output: the user's share of free memory, and never less than the smallest
+    tiles that are still efficient need.
+
+    Counts of free memory can be wrong (what an allocator or a page cache would give back reads as used), and smaller
+    tiles take a hundred times as long. Whether so little is really too much shows: the call is tried again with less.
+    """
+    least = portable.workspace_bytes(problem, _preferred_sizes(problem, Settings(), least=True))
+    return max(free_bytes * settings.memory_limit // 100, least)
 
 
 def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:
@@ -163,10 +176,10 @@ def _keeping_scores(problem: Problem, made: Plan, limit: int) -> Plan:
     return replace(made, reasons=(*made.reasons, f"scores are recomputed in the backward pass: {why}"))
 
 
-def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:
-    """The user's sizes, and for those left automatic the ones that fill the device's tile."""
+def _preferred_sizes(problem: Problem, settings: Settings, least: bool = False) -> Sizes:
+    """The user's sizes, and for those left automatic the ones that fill the device's tile, or its least one."""
     rules = devices.rules(problem.device)
-    scores = rules.tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
+    scores = (rules.least_tile_bytes if least else rules.tile_bytes) // item_bytes(devices.compute_dtype(problem.dtype))
     keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
     heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
     rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
@@ -177,13 +190,16 @@ def _preferred_sizes(problem: Problem, settings: Settings) -> Sizes:
 
 
 def _shrink(sizes: Sizes, fits) -> Sizes:
-    """Smaller sizes until they fit: first heads, then queries as far as they stay fast, then keys, then queries."""
-    smallest = Sizes(min(SMALLEST_FAST_QUERY_CHUNK, sizes.queries), min(SMALLEST_KV_CHUNK, sizes.keys), 1)
-    for field in ("heads", "queries", "keys"):
-        while not fits(sizes) and getattr(sizes, field) > getattr(smallest, field):
-            sizes = sizes._replace(**{field: _half(getattr(sizes, field), getattr(smallest, field))})
-    while not fits(sizes) and sizes.queries > 1:
-        sizes = sizes._replace(queries=_half(sizes.queries, 1))
+    """Smaller sizes until they fit: heads and queries as far as they stay fast, then one head, keys, queries."""
+    for field, least in (
+        ("heads", FEWEST_HEADS),
+        ("queries", SMALLEST_FAST_QUERY_CHUNK),
+        ("heads", 1),
+        ("keys", SMALLEST_KV_CHUNK),
+        ("queries", 1),
+    ):
+        while not fits(sizes) and getattr(sizes, field) > least:
+            sizes = sizes._replace(**{field: _half(getattr(sizes, field), least)})
     return sizes
 
 
@@ -203,6 +219,14 @@ def _half(size: int, smallest: int) -> int:
 
 def _multiple_of_64(size: int) -> int:
     return max(size // 64 * 64, 1)
+
+
+def _floor_won(limit: int) -> str:
+    least = max(limit / devices.MIB, 0.1)
+    return (
+        f"the memory limit leaves less than the {least:.1f} MiB that efficient chunks need; smaller ones are for when "
+        "memory really runs out"
+    )
 
 
 def _overruled(which: str, wanted: int, used: int, by: str) -> str:

@@ -10,7 +10,7 @@ from functools import cache
 
 from . import device as devices
 from .engines import Sizes, fused, portable
-from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, plan_problem, with_sizes
+from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, limit_bytes, plan_problem, with_sizes
 from .problem import Problem
 from .settings import Settings
 
@@ -31,7 +31,7 @@ def plan_for(problem: Problem, settings: Settings) -> Plan:
         made, failed_at = found
         if free > failed_at * GROWN:
             _remembered.pop((problem, settings), None)
-        elif made.workspace_bytes <= free * settings.memory_limit // 100:
+        elif made.workspace_bytes <= limit_bytes(problem, settings, free):
             return made
     return plan_problem(problem, settings, free)
 

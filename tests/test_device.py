@@ -218,6 +218,29 @@ def test_free_memory_of_cuda_counts_what_pytorch_holds_unused(monkeypatch):
     assert devices.free_bytes(torch.device("cuda")) == 1300
 
 
+def test_free_memory_of_apple_silicon_counts_what_pytorch_caches(monkeypatch):
+    for name, answer in {"recommended_max": 5300, "current_allocated": 2500, "driver_allocated": 5400}.items():
+        monkeypatch.setattr(torch.mps, f"{name}_memory", lambda answer=answer: answer, raising=False)
+    assert devices.free_bytes(torch.device("mps")) == 2800
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_free_memory_of_an_arc_whose_driver_may_not_answer(answers, monkeypatch):
+    def mem_get_info(device):
+        if not answers:
+            raise RuntimeError("The device doesn't support querying the available free memory.")
+        return 1000, 4000
+
+    xpu = SimpleNamespace(
+        mem_get_info=mem_get_info,
+        memory_reserved=lambda device: 500,
+        memory_allocated=lambda device: 200,
+        get_device_properties=lambda device: SimpleNamespace(total_memory=4000),
+    )
+    monkeypatch.setattr(torch, "xpu", xpu, raising=False)
+    assert devices.free_bytes(torch.device("xpu")) == (1300 if answers else 3800)
+
+
 def test_free_memory_of_directml(monkeypatch):
     device = torch.device("privateuseone")
     assert devices.free_bytes(device) == devices.UNKNOWN_FREE_BYTES
@@ -239,7 +262,10 @@ def test_free_memory_never_raises(broken, monkeypatch):
     "limit, used, stat, free",
     [
         ("1000", "400", "anon 5\ninactive_file 100\n", 700),
-        ("1000", "400", "total_inactive_file 50\n", 650),
+        ("1000", "1000", "anon 100\nfile 900\nshmem 20\ninactive_file 80\nactive_file 800\n", 880),
+        ("1000", "400", "slab_reclaimable 30\nslab_unreclaimable 40\n", 630),
+        ("1000", "400", "inactive_file 1\nactive_file 1\ntotal_inactive_file 50\ntotal_active_file 20\n", 670),
+        ("1000", "400", "inactive_file a lot\n", None),
         ("1000", "1200", "", 0),
         ("1000", "400", None, 600),
         ("max", "400", "", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,7 @@ def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, capl
 def test_what_is_remembered_gives_way_to_a_limit_below_it(monkeypatch):
     free = [64 << 20]
     monkeypatch.setattr(devices, "free_bytes", lambda device: free[0])
+    monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], least_tile_bytes=1 << 10))
     query, key, value = torch.randn(3, 1, 2, 256, 8)
     plans = []
     for free[0] in (64 << 20, 64 << 20, 32 << 10):
@@ -172,6 +174,20 @@ def test_what_is_remembered_gives_way_to_a_limit_below_it(monkeypatch):
             attention(query, key, value, settings=Settings(engine="portable"), report=plans.append)
     assert plans[0].sizes == plans[1].sizes
     assert plans[1].workspace_bytes > (32 << 10) * 70 // 100 >= plans[2].workspace_bytes
+
+
+def test_only_a_real_out_of_memory_goes_below_what_is_efficient(monkeypatch):
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
+    query, key, value = torch.randn(3, 1, 2, 512, 8)
+    plans, settings = [], Settings(engine="portable")
+    attention(query, key, value, settings=settings, report=plans.append)
+    for _ in range(2):
+        with FailOver(40000) as device:
+            output = attention(query, key, value, settings=settings, report=plans.append)
+        assert torch.allclose(output, exact(query, key, value), atol=1e-5)
+    efficient, found, remembered = (plan.query_chunk * plan.kv_chunk * plan.head_chunk * 4 for plan in plans)
+    assert plans[0].retries == 0 and efficient >= 1 << 18 and plans[1].retries > 0 and found <= 40000
+    assert not device.failures and remembered == found  # although nothing seems free
 
 
 def test_a_failure_while_asking_for_a_kernel_is_no_answer():
