@@ -70,16 +70,16 @@ def reload_extension() -> None:
 
 
 def title_of(wanted: str) -> str:
-    """The title of the attention entry that is called `wanted`, by title or by name.
+    """The title of the attention entry that is called `wanted`, by its title or the first word of it.
 
     Raises:
         DemoError: no entry is called so.
     """
-    from modules import sd_hijack
     from modules.shared_items import cross_attention_optimizations
 
-    titles = {title.casefold(): title for title in cross_attention_optimizations()}
-    titles |= {entry.name.casefold(): entry.title() for entry in sd_hijack.optimizers}
+    titles = {}
+    for title in cross_attention_optimizations():
+        titles |= {title.casefold(): title, title.split(" - ")[0].casefold(): title}
     if wanted.casefold() not in titles:
         raise DemoError(f"optimizer {wanted!r}: expected one of {', '.join(cross_attention_optimizations())}")
     return titles[wanted.casefold()]

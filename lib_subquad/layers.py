@@ -63,7 +63,7 @@ def cross_attention(
     query, key, value = (tensor.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for tensor in (query, key, value))
     if mask is not None:
         mask = _mask_of_four_dimensions(mask, query.shape[0], layer.heads, key.shape[2])
-    output = _attention(query, key, value, mask, layer.scale, settings, report)
+    output = attend(query, key, value, mask, layer.scale, settings, report)
     output = output.transpose(1, 2).flatten(2)
     if additional_tokens is not None:
         output = output[:, additional_tokens.shape[1] :]
@@ -88,11 +88,11 @@ def attn_block(
         normed = normed.contiguous(memory_format=torch.channels_last)
     query, key, value = (project(normed).flatten(2).transpose(1, 2)[:, None] for project in (layer.q, layer.k, layer.v))
     del normed
-    output = _attention(query, key, value, None, None, settings, report)
+    output = attend(query, key, value, None, None, settings, report)
     return x + layer.proj_out(output[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-def _attention(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -25,8 +25,14 @@ class Subquad(scripts.Script):
     def show(self, is_img2img):
         return scripts.AlwaysVisible
 
+    def before_process(self, p, *args):
+        infotext.begin_batch(p)
+
     def process(self, p, *args):
         infotext.begin(p)
+
+    def process_batch(self, p, *args, **kwargs):
+        infotext.begin_batch(p)
 
     def postprocess_batch(self, p, *args, **kwargs):
         infotext.finish_batch(p)

@@ -77,7 +77,11 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
             shared.opts.set(key, value, is_api=True, run_callbacks=False)
         if p.scripts is not None:
             p.scripts.process(p)
-        processed = Processed([p.sample()], [create_infotext(p)])
+            p.scripts.process_batch(p)
+        image = p.sample()
+        if p.scripts is not None:
+            p.scripts.postprocess_batch(p)
+        processed = Processed([image], [create_infotext(p)])
         if p.scripts is not None:
             p.scripts.postprocess(p, processed)
         return processed

@@ -40,6 +40,12 @@ class Script:
     def process(self, p, *args):
         """After they have taken effect, before anything is computed."""
 
+    def process_batch(self, p, *args, **kwargs):
+        """The same, for one batch; this host makes one image a batch, and one batch a request."""
+
+    def postprocess_batch(self, p, *args, **kwargs):
+        """When a batch has been computed, before its infotexts are made."""
+
     def postprocess(self, p, processed, *args):
         """When the images are there."""
 
@@ -98,6 +104,12 @@ class ScriptRunner:
 
     def process(self, p) -> None:
         self._call("process", p)
+
+    def process_batch(self, p) -> None:
+        self._call("process_batch", p)
+
+    def postprocess_batch(self, p) -> None:
+        self._call("postprocess_batch", p)
 
     def postprocess(self, p, processed) -> None:
         self._call("postprocess", p, processed)

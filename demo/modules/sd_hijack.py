@@ -33,8 +33,11 @@ def apply_optimizations(option: str | None = None) -> str:
         current_optimizer = None
     chosen = _choose(option or shared.opts.cross_attention_optimization)
     if chosen is None:
+        print("Disabling attention optimization")
         return ""
+    print(f"Applying attention optimization: {chosen.name}... ", end="")
     chosen.apply()
+    print("done.")
     current_optimizer = chosen
     return chosen.name
 

@@ -21,6 +21,7 @@ class State:
     sampling_step: int = 0
     sampling_steps: int = 0
     interrupted: bool = False
+    skipped: bool = False
 
 
 state = State()

@@ -1,47 +1,84 @@
-"""Taking over the `forward` of a class, so that it can be given back whatever others did to it meanwhile."""
+"""Taking over a function of the host, so that it can be given back whatever others did to it meanwhile."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType, MethodType
+
+# The packages of the host, whose functions a guest may have found and put back. Its extensions have other names.
+HOST = ("modules", "ldm", "sgm")
 
 
-class ForwardHook:
-    """Puts `forward` in place of `owner.forward` while applied.
+class Hook:
+    """Puts `function` in place of `owner.name`, a method of a class or a function of a module, while applied.
 
-    Other extensions capture bound methods, wrap `forward` or replace it, and no undo reaches what they hold. So our
-    forward, called while not applied, steps aside.
+    Other extensions capture bound methods, wrap what stands there or replace it, and no undo reaches what they hold. So
+    our function, called while not in force, steps aside.
     """
 
-    def __init__(self, owner: type, forward: Callable) -> None:
-        self.owner = owner
-        self.applied = False
-        self._before = self._first = owner.forward
+    def __init__(self, owner: type, name: str, function: Callable) -> None:
+        self.owner, self.name = owner, name
+        self._applied = False
+        self._before = self._first = self.standing
 
-        def hooked(layer, *args, **kwargs):
-            return (forward if self.applied else self.step_aside)(layer, *args, **kwargs)
+        def hooked(*args, **kwargs):
+            return (function if self.in_force else self.step_aside)(*args, **kwargs)
 
-        self.forward = hooked
+        self.ours = hooked
+
+    @property
+    def standing(self) -> Callable:
+        """What stands there now."""
+        return getattr(self.owner, self.name)
+
+    @property
+    def in_force(self) -> bool:
+        """Whether it is applied, and the host has not put back its own without telling us, as it does for training."""
+        standing = self.standing
+        return self._applied and (standing is self.ours or not (standing is self._first or is_hosts(standing)))
 
     def apply(self) -> None:
-        if self.owner.forward is not self.forward:
-            self._before = self.owner.forward
-            self.owner.forward = self.forward
-        self.applied = True
+        if self.standing is not self.ours:
+            self._before = self.standing
+            setattr(self.owner, self.name, self.ours)
+        self._applied = True
 
     def undo(self) -> None:
-        """Puts back what stood there, unless somebody else's forward stands there by now."""
-        if self.owner.forward is self.forward:
-            self.owner.forward = self._before
-        self.applied = False
+        """Puts back what stood there, unless somebody else's function stands there by now."""
+        if self.standing is self.ours:
+            setattr(self.owner, self.name, self._before)
+        self._applied = False
 
-    def step_aside(self, layer, *args, **kwargs):
-        """What the layer would do without us: the forward that the class has now, or had when we were last applied, or
-        had at first; never one that wraps ours and so called us, for it would come back here and have its way twice.
+    def step_aside(self, *args, **kwargs):
+        """What would be done without us: by what stands there now, or stood there when we were last applied, or at
+        first; never by what wraps ours and so called us, for it would come back here and have its way twice.
         """
-        others = (self.owner.forward, self._before, self._first)
-        forward = next((it for it in others if it is not self.forward and not _is_running(it)), self._first)
-        return forward(layer, *args, **kwargs)
+        others = (self.standing, self._before, self._first)
+        function = next((it for it in others if it is not self.ours and not _is_running(it)), self._first)
+        return function(*args, **kwargs)
+
+
+def underlying(function: object) -> object:
+    """The plain function behind bound methods and partial ones."""
+    while isinstance(function, (MethodType, functools.partial)):
+        function = function.__func__ if isinstance(function, MethodType) else function.func
+    return function
+
+
+def home(function: object) -> str:
+    """The module whose code `function` is, whatever name a decorator gave it; empty where nothing tells."""
+    function = underlying(function)
+    return function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
+
+
+def is_hosts(function: object) -> bool:
+    return home(function).split(".")[0] in HOST
+
+
+def is_ours(function: object) -> bool:
+    return home(function).split(".")[0] == __name__.split(".")[0]
 
 
 def _is_running(function: Callable) -> bool:

@@ -122,6 +122,11 @@ class Laboratory:
         """Which optimization is active, and what the last generation took, as HTML."""
         if ENTRY.active:
             active = "<b>subquad is active.</b>"
+        elif sd_hijack.current_optimizer is ENTRY:
+            active = (
+                "<b>subquad is selected, but not active</b>: the web UI has switched it off for now, as it does while "
+                "it trains or has no model loaded."
+            )
         else:
             current = sd_hijack.current_optimizer
             name = current.title() if current is not None else "None"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 
 from modules import sd_hijack, sd_hijack_optimizations, shared
 from modules.hypernetworks import hypernetwork
 
 from .. import layers
-from . import options, status
-from .hijack import ForwardHook
+from . import options, pins, status
+from .hijack import Hook
 
 
 def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
-    def split_context(context):
-        return hypernetwork.apply_hypernetworks(shared.loaded_hypernetworks, context, layer)
+    def split_context(context):  # given the layer, it would register the hypernetwork as a part of the model
+        return hypernetwork.apply_hypernetworks(shared.loaded_hypernetworks, context)
 
     return layers.cross_attention(
         layer,
@@ -24,7 +26,7 @@ def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
         *args,
         settings=options.current(),
         split_context=split_context if shared.loaded_hypernetworks else None,
-        report=status.record,
+        report=functools.partial(status.record, layer=layer),
         **kwargs,
     )
 
@@ -36,7 +38,17 @@ def attn_block_forward(layer, x, *args, **kwargs):
     return ENTRY.hook_of(type(layer)).step_aside(layer, x, *args, **kwargs)
 
 
-HOOKED = (
+def sub_quadratic_attention(query, key, value, *args, **kwargs):
+    """What extensions call that have a forward for the built-in *sub-quadratic*: Tiled VAE, for one.
+
+    The sizes they give are the web UI's defaults; the user's own settings hold here as everywhere.
+    """
+    if ENTRY.active:
+        return layers.attend(query, key, value, None, None, options.current(), status.record)
+    return ENTRY.built_in.step_aside(query, key, value, *args, **kwargs)
+
+
+LAYERS = (
     ("ldm.modules.attention", "CrossAttention", cross_attention_forward),
     ("sgm.modules.attention", "CrossAttention", cross_attention_forward),  # SDXL
     ("ldm.modules.diffusionmodules.model", "AttnBlock", attn_block_forward),
@@ -47,19 +59,25 @@ HOOKED = (
 class Subquad(sd_hijack_optimizations.SdOptimization):
     """What the web UI lists, applies and undoes."""
 
-    # The title made of these is what the web UI saves: it never changes, or users silently get another optimization.
-    name = "subquad"
-    label = "fast attention within a memory limit"
+    # Extensions that bring attention of their own choose by this name, and know only those of the built-in ones: Tiled
+    # VAE, StableSR, FABRIC, AnimateDiff, EasyPhoto. To them we are what we replace.
+    name = "sub-quadratic"
     cmd_opt = "opt_sub_quad_attention"
 
     def __init__(self) -> None:
-        self._hooks = {}
-        for module, name, forward in HOOKED:
-            try:
+        self._layers = {}
+        for module, name, forward in LAYERS:
+            with contextlib.suppress(ImportError, AttributeError):  # sgm came with SDXL; a host may do without
                 owner = getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError):  # sgm came with SDXL; a host may do without
-                continue
-            self._hooks[owner] = ForwardHook(owner, forward)
+                self._layers[owner] = Hook(owner, "forward", forward)
+        self.built_in = None
+        with contextlib.suppress(ImportError, AttributeError):
+            module = importlib.import_module("modules.sub_quadratic_attention")
+            self.built_in = Hook(module, "efficient_dot_product_attention", sub_quadratic_attention)
+
+    def title(self) -> str:
+        """What the web UI lists and saves: it never changes, or users silently get another optimization."""
+        return "subquad - fast attention within a memory limit"
 
     @property
     def priority(self) -> int:
@@ -73,20 +91,35 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
         return True
 
     def apply(self) -> None:
-        for hook in self._hooks.values():
+        print("by subquad, ", end="")  # after the web UI's "Applying attention optimization: sub-quadratic... "
+        self.take_back_pins()
+        for hook in self._hooks:
             hook.apply()
 
     def undo(self) -> None:
-        for hook in self._hooks.values():
+        for hook in self._hooks:
             hook.undo()
 
     @property
     def active(self) -> bool:
-        return any(hook.applied for hook in self._hooks.values())
+        return any(hook.in_force for hook in self._layers.values())
 
-    def hook_of(self, owner: type) -> ForwardHook:
+    def hook_of(self, owner: type) -> Hook:
         """The hook of `owner`, or of its ancestor."""
-        return next(self._hooks[base] for base in owner.__mro__ if base in self._hooks)
+        return next(self._layers[base] for base in owner.__mro__ if base in self._layers)
+
+    def take_back_pins(self) -> None:
+        """Layers that an extension left pinned to some optimization follow the one in force again."""
+        pins.take_back(tuple(self._layers))
+
+    def out_of_reach(self, served: set[int]) -> tuple[int, dict[str, int]]:
+        """How many cross-attention layers the loaded model has, and whose are those not among `served`."""
+        classes = tuple(owner for owner in self._layers if owner.__name__ == "CrossAttention")
+        return pins.out_of_reach(classes, served)
+
+    @property
+    def _hooks(self) -> list[Hook]:
+        return [*self._layers.values(), *filter(None, [self.built_in])]
 
 
 ENTRY = Subquad()

@@ -8,7 +8,7 @@ from html import escape
 from ..checkpoint import Checkpoint
 from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration, Trial
-from .status import Generation
+from .status import Generation, missed
 
 KINDS = ("self", "cross")
 
@@ -88,14 +88,16 @@ def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int]
 
 def last_generation(seen: Generation) -> str:
     """What attention took in the last image."""
+    out_of_reach = "".join(f" <b>{escape(sentence)}</b>" for sentence in missed(seen))
     if seen.largest is None:
-        return "No image has been made with subquad yet."
+        return f"No image has been made with subquad yet.{out_of_reach}"
     made = seen.largest
     return (
         f"Last generation: {seen.calls} {term('calls', 'Calls')}, {seen.retries or 'no'} {term('retries', 'Retries')}. "
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{megabytes(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
+        f"{out_of_reach}"
     )
 
 

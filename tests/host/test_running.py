@@ -54,8 +54,23 @@ def test_hypernetworks_make_the_contexts_of_keys_and_values(hooked):
     from modules.sdp_attention import cross_attention_forward
 
     torch.testing.assert_close(changed, cross_attention_forward(layer, x, context))
-    assert layer.hyper_k is Network.layers[24][0]  # as the host's own forward leaves it
     assert hypernetwork.apply_hypernetworks([], context) == (context, context)
+
+
+def test_a_hypernetwork_stays_out_of_the_model(hooked):
+    """As a part of a layer it would travel with it, to the CPU with --lowvram, and be saved with the model."""
+    from modules import shared
+
+    class Network:
+        layers = {24: (torch.nn.Linear(24, 24), torch.nn.Linear(24, 24))}
+
+    layer, x, context, plain = hooked
+    before = set(layer.state_dict())
+    shared.loaded_hypernetworks.append(Network())
+    assert not torch.allclose(layer(x, context), plain)
+    assert set(layer.state_dict()) == before
+    layer.to("meta")
+    assert Network.layers[24][0].weight.device.type == "cpu"
 
 
 @pytest.mark.parametrize("vae", [True, False])

@@ -16,7 +16,7 @@ def test_frozen_settings_and_the_hosts_own_flags(webui):
     (webui.data / "config.json").unlink(missing_ok=True)
     flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
     with webui.running(*flags) as server:
-        assert "Applying attention optimization: subquad... done." in server.log
+        assert "Applying attention optimization: sub-quadratic... by subquad, done." in server.log
         assert server.options()["subquad_query_chunk"] == 96
         image, infotext = server.generate()
         assert "Subquad query chunk: 96" in infotext

@@ -1,0 +1,71 @@
+"""Layers that other extensions left with a forward of their own, out of reach of every attention optimization.
+
+A guest that sets `layer.forward` and later puts back what it had found leaves the bound method of that moment as an
+attribute of the layer: from then on the layer keeps the optimization that was in force at that moment. SAG, DAAM,
+FABRIC, IP-Adapter and the built-in Hypertile do so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType
+
+from modules import sd_models
+from torch import nn
+
+from .hijack import home, is_hosts, is_ours, underlying
+
+HYPERTILE = "__webui_hypertile_params"  # where Hypertile keeps a layer's forward, for as long as the model is loaded
+SOMETHING_ELSE = "something else"
+
+
+def take_back(classes: tuple[type, ...]) -> None:
+    """Delete forwards pinned to the host's own or to ours, so that the class decides again. Others' stay in force."""
+    for layer in _layers(_loaded_models(), classes):
+        if _is_pinned(vars(layer).get("forward"), layer):
+            del vars(layer)["forward"]
+        hypertile = getattr(layer, HYPERTILE, None)
+        if _is_pinned(getattr(hypertile, "forward", None), layer):
+            hypertile.forward = MethodType(_forward_of_class, layer)
+
+
+def out_of_reach(classes: tuple[type, ...], served: set[int]) -> tuple[int, dict[str, int]]:
+    """How many layers the loaded model has, and whose are those whose `id` is not among `served`: owner -> layers."""
+    layers = list(_layers([sd_models.model_data.sd_model], classes))
+    owners = Counter(_owner(layer) for layer in layers if id(layer) not in served)
+    return len(layers), dict(owners.most_common())
+
+
+def _loaded_models() -> list[nn.Module]:
+    data = sd_models.model_data
+    found = [data.sd_model, *getattr(data, "loaded_sd_models", ())]  # it may keep several in memory
+    return list({id(model): model for model in found}.values())
+
+
+def _layers(models: Iterable[object], classes: tuple[type, ...]) -> Iterator[nn.Module]:
+    for model in models:
+        if isinstance(model, nn.Module):
+            yield from (layer for layer in model.modules() if isinstance(layer, classes))
+
+
+def _is_pinned(forward: object, layer: nn.Module) -> bool:
+    bound = isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is not _forward_of_class
+    return bound and (is_hosts(forward) or is_ours(forward))
+
+
+def _forward_of_class(layer: nn.Module, *args, **kwargs):
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _owner(layer: nn.Module) -> str:
+    """The extension that has its own forward on a layer or on its class, by the folder that its code lies in."""
+    for forward in (vars(layer).get("forward"), type(layer).forward):
+        if forward is None or is_hosts(forward) or is_ours(forward):
+            continue
+        function = underlying(forward)
+        path = function.__code__.co_filename if isinstance(function, FunctionType) else ""
+        folder = re.search(r"[\\/]extensions(?:-builtin)?[\\/]([^\\/]+)", path)
+        return folder[1] if folder else home(forward) or SOMETHING_ELSE
+    return SOMETHING_ELSE
