@@ -222,18 +222,34 @@ _FREE = {
     "cpu": _free_cpu,
 }
 
-# How devices say that they are out of memory, where they do not raise an error class of their own.
+# How devices say that they are out of memory where they raise no error class of their own, in lower case. What says
+# that a device is lost, an address illegal, an argument invalid or a kernel too large must match none of them.
 OUT_OF_MEMORY_TEXTS = (
-    "out of memory",  # CUDA, MPS
-    "invalid buffer size",  # MPS
-    "can't allocate memory",  # CPU
-    "cannot allocate memory",
-    "not enough memory",  # CPU on Windows
-    "could not allocate tensor",  # DirectML, amdgpu fork #414
-    "allocation is out of device memory",  # XPU
-    "ur_result_error_out_of_device_memory",
-    "cublas_status_alloc_failed",
+    "out of memory",  # CUDA, HIP, XPU and MPS by way of PyTorch: c10/{cuda,xpu}/*CachingAllocator.cpp, MPSAllocator.mm
+    "out_of_memory",  # CUDA_ERROR_OUT_OF_MEMORY: the driver itself, and ZLUDA
+    "outofmemory",  # hipErrorOutOfMemory; Metal's kIOGPUCommandBufferCallbackErrorOutOfMemory
+    "nvml_success == r internal assert failed",  # an out-of-memory whose report failed: PyTorch #112377
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE, hipBLAS: a failed cudaMalloc, by NVIDIA's manual
+    "_allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_{HOST,DEVICE}_ALLOCATION_FAILED: cudnn_graph.h; ZLUDA too
+    "rocblas_status_memory_error",  # ROCm/rocBLAS, rocblas-types.h
+    "miopenstatusallocfailed",  # ROCm/MIOpen, src/handle_api.cpp
+    "out_of_host_memory",  # UR_, PI_, ZE_ and CL_: unified-runtime's ur_api.h, oneDNN's src/xpu
+    "out_of_device_memory",
+    "mem_object_allocation_failure",
+    "error_out_of_resources",  # older Level Zero plugins say so of device memory: ipex #359, SD.Next #1526
+    "cl_out_of_resources",  # oneDNN's src/xpu/ocl/utils_shared.cpp takes it for one
+    "allocation is out of device memory",  # Intel's extension for PyTorch
+    "can not allocate memory block",  # the same, of blocks over 4 GiB
+    "could not create a memory object",  # oneDNN, dnnl.hpp, which hides the status
+    "invalid buffer size",  # MPS, MPSAllocator.mm
+    "could not allocate tensor",  # DirectML: amdgpu fork #414
+    "8007000e",  # DirectML, E_OUTOFMEMORY, whose words Windows translates: diffusers #791
+    "can't allocate memory",  # CPU: c10/core/impl/alloc_cpu.cpp
+    "could not allocate memory",
+    "cannot allocate memory",  # the C library
+    "not enough memory",  # CPU and DirectML on Windows
     "std::bad_alloc",
+    "bad allocation",  # the same from Microsoft's compiler
 )
 
 

@@ -96,19 +96,85 @@ def test_what_is_written_stays(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- what is raised
 
 OUT_OF_MEMORY = [
-    "CUDA out of memory. Tried to allocate 20.00 MiB",
-    "MPS backend out of memory (MPS allocated: 18.00 GB)",
-    "Invalid buffer size: 16.00 GB",
-    "[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
-    "[enforce fail at alloc_cpu.cpp:72] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
-    "Allocation is out of device memory on current platform.",
-    "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
-    "Could not allocate tensor with 1610612736 bytes. There is not enough GPU video memory available!",
-    "CUDA error: out of memory",
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 3.94 GiB",
+    "Allocation on device 0 would exceed allowed memory. (out of memory)",
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...",
+    "CUDA driver error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830',
+    "Triton Error [CUDA]: out of memory",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "HIP out of memory. Tried to allocate 2.00 GiB",
+    "HIP error: out of memory",
+    "HIP error: hipErrorOutOfMemory",
+    "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+    "rocBLAS error: rocblas_status_memory_error",
+    "miopenStatusAllocFailed",
+    "XPU out of memory. Tried to allocate 1.00 GiB",
+    "Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES) -5 (PI_ERROR_OUT_OF_RESOURCES)",
+    "Native API failed. Native API returns: -6 (PI_ERROR_OUT_OF_HOST_MEMORY)",
+    "Native API failed. Native API returns: -4 (PI_ERROR_MEM_OBJECT_ALLOCATION_FAILURE)",
+    "level_zero backend failed with error: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)",
+    "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)",
+    "UR backend failed. UR backend returns:35 (UR_RESULT_ERROR_MEM_OBJECT_ALLOCATION_FAILURE)",
+    "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+    "CL_MEM_OBJECT_ALLOCATION_FAILURE",
+    "CL_OUT_OF_RESOURCES",
+    "Allocation is out of device memory on current platform.",
+    "Current platform can NOT allocate memory block with size larger than 4GB! Tried to allocate 8.00 GB",
+    "could not create a memory object",
+    "MPS backend out of memory (MPS allocated: 5 GB, other allocations: 1 GB, max allowed: 6 GB)",
+    "Invalid buffer size: 16.00 GB",
+    "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+    "Could not allocate tensor with 1073741824 bytes. There is not enough GPU video memory available!",
+    "Exception(1) tid(2d0c) 8007000E No hay suficientes recursos de memoria disponibles para completar esta operación.",
+    "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)",
+    "Could not allocate memory for Tensor SizesAndStrides!",
+    "std::bad_alloc",
+    "bad allocation",
 ]
-ERRORS = [*(RuntimeError(text) for text in OUT_OF_MEMORY), torch.cuda.OutOfMemoryError("CUDA"), MemoryError()]
-OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("x")]
+
+SOMETHING_ELSE = [
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: misaligned address",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: unspecified launch failure",
+    "CUDA error: invalid argument",
+    "CUDA error: invalid configuration argument",
+    "CUDA error: too many resources requested for launch",
+    "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+    "CUDA error: no kernel image is available for execution on the device",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_MAPPING_ERROR",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    "cuDNN error: CUDNN_STATUS_MAPPING_ERROR",
+    "out of resource: shared memory, Required: 131072, Hardware limit: 101376.",
+    "HIP error: hipErrorIllegalAddress",
+    "HIP error: invalid device function",
+    "level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)",
+    "Native API failed. Native API returns: 2147483646 (UR_RESULT_ERROR_UNKNOWN)",
+    "could not create a primitive",
+    "Placeholder storage has not been allocated on MPS device!",
+    "MPSGraph does not support tensor dims larger than INT_MAX",
+    "The GPU device instance has been suspended. Use GetDeviceRemovedReason to determine the reason. 887A0005",
+    "DataLoader worker (pid 77) is killed by signal: Bus error. It is possible that it is out of shared memory.",
+    "Storage size calculation overflowed with sizes=[4611686018427387904]",
+    "Cannot allocate buffer larger than kint32max",
+    "expected scalar type Float but found Half",
+]
+
+ERRORS = [
+    *(RuntimeError(text) for text in OUT_OF_MEMORY),
+    torch.cuda.OutOfMemoryError("Allocation on device "),
+    MemoryError(),
+]
+OTHERS = [*(RuntimeError(text) for text in SOMETHING_ELSE), ValueError("out of memory"), KeyError("x")]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
@@ -133,6 +199,23 @@ def test_other_errors_pass(error):
     with pytest.raises(type(error)) as raised, FailOver(0, error) as device:
         attention(*torch.randn(3, 1, 2, 64, 8))
     assert str(raised.value) == text and device.failures == 1
+
+
+def test_an_out_of_memory_that_is_reported_twice(monkeypatch):
+    """As CUDA does where the error came asynchronously: the next operator tells it again."""
+    attend, calls = portable.attend, []
+
+    def failing(*arguments):
+        calls.append(arguments[1])
+        if len(calls) in (1, 2):
+            raise RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the manual")
+        return attend(*arguments)
+
+    monkeypatch.setattr(portable, "attend", failing)
+    query, key, value = torch.randn(3, 1, 2, 128, 8)
+    plans = []
+    output = attention(query, key, value, settings=Settings(engine="portable"), report=plans.append)
+    assert torch.allclose(output, exact(query, key, value), atol=1e-5) and plans[0].retries == 2
 
 
 def test_retry_can_be_turned_off():
