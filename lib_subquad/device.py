@@ -22,7 +22,8 @@ class Rules:
 
     `largest_elements` and `largest_bytes` bound every tensor a call makes; None means that only memory does.
     `tile_bytes` is the size of score buffer that automatic sizes aim for, and `kv_tile` its width in keys;
-    `least_tile_bytes` the smallest that is still efficient: no count of free memory alone leads to a smaller one.
+    `least_tile_bytes` the smallest that is still efficient, for each thread of a CPU: no count of free memory alone
+    leads to a smaller one.
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
     """
 
@@ -45,10 +46,11 @@ class Rules:
 RULES = {
     # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: a 4 MiB buffer
     # stays in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again. With 1 MiB, 256
-    # queries x 512 keys x 2 heads, calls take 1.05-1.3 times as long; with 64 x 512 x 2 up to twice as long.
-    "cpu": Rules(tile_bytes=4 * MIB, least_tile_bytes=MIB, kv_tile=512, lazy_maximum=True),
-    # Tiles on accelerators are reasoned, not measured: large enough that launching a kernel (about 10 us) is lost
-    # beside computing one, small enough to fit a 4 GB card.
+    # queries x 512 keys x 2 heads, calls took 1.05-1.4 times as long there; on 16 cores up to 4.5 times.
+    "cpu": Rules(tile_bytes=4 * MIB, least_tile_bytes=MIB // 2, kv_tile=512, lazy_maximum=True),
+    # Tiles on accelerators: large enough that launching a kernel (about 10 us) is lost beside computing one, small
+    # enough to fit a 4 GB card. Measured on an H100 only, where launching weighs most: 16 MiB takes 1.2-1.85 times as
+    # long as 128, 8 MiB 1.6-3.2 times, 512 MiB 0.8-0.97 times.
     "cuda": Rules(),
     "rocm": Rules(),
     "zluda": Rules(),
@@ -92,6 +94,11 @@ def _cuda_kind(index: int | None) -> str:
 
 def rules(device: torch.device) -> Rules:
     return RULES[kind(device)]
+
+
+def least_tile_bytes(device: torch.device) -> int:
+    """The smallest buffer of scores that is still efficient, with as many threads as there are."""
+    return rules(device).least_tile_bytes * (torch.get_num_threads() if device.type == "cpu" else 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -179,7 +179,8 @@ def _keeping_scores(problem: Problem, made: Plan, limit: int) -> Plan:
 def _preferred_sizes(problem: Problem, settings: Settings, least: bool = False) -> Sizes:
     """The user's sizes, and for those left automatic the ones that fill the device's tile, or its least one."""
     rules = devices.rules(problem.device)
-    scores = (rules.least_tile_bytes if least else rules.tile_bytes) // item_bytes(devices.compute_dtype(problem.dtype))
+    tile_bytes = devices.least_tile_bytes(problem.device) if least else rules.tile_bytes
+    scores = tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
     keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
     heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
     rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
