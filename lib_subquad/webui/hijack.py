@@ -19,7 +19,7 @@ class Hook:
     """
 
     def __init__(self, owner: type, name: str, function: Callable) -> None:
-        self.owner, self.name = owner, name
+        self.owner, self.name, self.function = owner, name, function
         self._applied = False
         self._before = self._first = self.standing
 

@@ -65,11 +65,8 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
     cmd_opt = "opt_sub_quad_attention"
 
     def __init__(self) -> None:
-        self._layers = {}
-        for module, name, forward in LAYERS:
-            with contextlib.suppress(ImportError, AttributeError):  # sgm came with SDXL; a host may do without
-                owner = getattr(importlib.import_module(module), name)
-                self._layers[owner] = Hook(owner, "forward", forward)
+        self._layers: dict[type, Hook] = {}
+        self._find_layers()
         self.built_in = None
         with contextlib.suppress(ImportError, AttributeError):
             module = importlib.import_module("modules.sub_quadratic_attention")
@@ -92,6 +89,7 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
 
     def apply(self) -> None:
         print("by subquad, ", end="")  # after the web UI's "Applying attention optimization: sub-quadratic... "
+        self._find_layers()
         self.take_back_pins()
         for hook in self._hooks:
             hook.apply()
@@ -114,8 +112,16 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
 
     def out_of_reach(self, served: set[int]) -> tuple[int, dict[str, int]]:
         """How many cross-attention layers the loaded model has, and whose are those not among `served`."""
-        classes = tuple(owner for owner in self._layers if owner.__name__ == "CrossAttention")
+        classes = tuple(owner for owner, hook in self._layers.items() if hook.function is cross_attention_forward)
         return pins.out_of_reach(classes, served)
+
+    def _find_layers(self) -> None:
+        """The classes of layers as they are now: an extension may have put its own in the place of one."""
+        for module, name, forward in LAYERS:
+            with contextlib.suppress(ImportError, AttributeError):  # sgm came with SDXL; a host may do without
+                owner = getattr(importlib.import_module(module), name)
+                if owner not in self._layers:
+                    self._layers[owner] = Hook(owner, "forward", forward)
 
     @property
     def _hooks(self) -> list[Hook]:

@@ -118,6 +118,30 @@ def test_a_class_that_somebody_else_took_over(loaded, unet, generate, monkeypatc
     assert f"{len(unet)} of {len(unet)} layers were out of reach: {__name__}" in loaded.status.summary()
 
 
+def test_a_class_put_in_the_place_of_one(subquad, monkeypatch):
+    """As GLIGEN does; its layers are served like the web UI's own, and given back."""
+    import ldm.modules.attention
+
+    class Gated(torch.nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.heads, self.scale = own.heads, own.scale
+            self.to_q, self.to_k, self.to_v, self.to_out = own.to_q, own.to_k, own.to_v, own.to_out
+
+        def forward(self, x, context=None, mask=None):
+            return x * 0
+
+    own, x = ldm.modules.attention.CrossAttention(32, heads=4, dim_head=8).eval(), torch.randn(2, 9, 32)
+    plain, layer = own(x), Gated(own)
+    subquad.select("sdp")
+    monkeypatch.setattr(ldm.modules.attention, "CrossAttention", Gated)
+    subquad.select("subquad")
+    for served in (layer, own):
+        torch.testing.assert_close(served(x), plain)
+    subquad.select("None")
+    assert not Gated.forward.__module__.startswith("lib_subquad") and not subquad.entry.active
+
+
 def test_a_guest_that_wraps_us_is_no_reason_to_complain(loaded, unet, generate):
     loaded.select("subquad")
     found = unet[0].forward
