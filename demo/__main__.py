@@ -8,6 +8,7 @@ import sys
 
 from demo.host import change_setting, install_modules, start
 from demo.inputs import DemoError, check_output, check_steps, parse_setting, parse_size
+from lib_subquad.console import say
 
 PROMPT = "a lighthouse by the sea"
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except DemoError as e:
-        print(f"demo: {e}", file=sys.stderr)
+        say(f"demo: {e}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

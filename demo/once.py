@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from demo.generate import Generation, generate
 from demo.host import optimizer_in_force, use_optimizer
+from lib_subquad.console import say
 from lib_subquad.webui import status
 
 
@@ -26,13 +27,13 @@ def once(output: Path, prompt: str, seed: int, size: tuple[int, int], steps: int
         use_optimizer(title)
         with tqdm(total=steps, desc=title, unit="step", leave=False) as bar:
             done[title] = generate(prompt, seed, width, height, steps, progress=lambda step, total: bar.update())
-        print(f"{title:<{column}}{done[title].cost:>18}{_distance(done[title], done['None'])}", flush=True)
+        say(f"{title:<{column}}{done[title].cost:>18}{_distance(done[title], done['None'])}")
     result = done[chosen]
     info = PngInfo()
     info.add_text("parameters", result.infotext)
     result.image.save(output, pnginfo=info)
-    print(status.summary())
-    print(f"{output}: made with {chosen}")
+    say(status.summary())
+    say(f"{output}: made with {chosen}")
 
 
 def _distance(image: Generation, reference: Generation) -> str:

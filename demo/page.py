@@ -10,6 +10,7 @@ from modules import script_callbacks
 from demo import comparison, settings_panel
 from demo.actions import Actions, plan_line
 from demo.inputs import SIDE_MAX, SIDE_STEP, STEPS_MAX, DemoError
+from lib_subquad.console import say
 
 CSS = """
 .settings-section {gap: 0 !important; border: 1px solid var(--border-color-primary); border-radius: 8px;
@@ -56,7 +57,7 @@ def serve(port: int, prompt: str, seed: int, size: tuple[int, int], steps: int) 
     except OSError as e:
         raise DemoError(f"port {port} cannot be used: {e}") from e
     script_callbacks.app_started_callback(blocks, app)
-    print(f"The demo is at {url} - press Ctrl+C to end it.", file=sys.stderr, flush=True)
+    say(f"The demo is at {url} - press Ctrl+C to end it.", sys.stderr)
     blocks.block_thread()
 
 

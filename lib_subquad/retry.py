@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+from . import console
 from . import device as devices
 from .engines import Sizes, fused, portable
 from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, limit_bytes, plan_problem, with_sizes
@@ -15,7 +15,7 @@ from .problem import Problem
 from .settings import Settings
 
 # Once a process: the fifty layers of a step tell the same story, and each image's infotext has it.
-warn_once = cache(logging.getLogger("subquad").warning)
+warn_once = cache(console.warn)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.

@@ -8,6 +8,7 @@ import sys
 import gradio as gr
 from modules import shared
 
+from ..console import say
 from ..settings import OPTIONS, Option, Settings
 
 PREFIX = "subquad_"
@@ -117,4 +118,4 @@ def _say(changed: list[str]) -> None:
     for message in changed:
         if message not in _said:
             _said.add(message)
-            print(f"[subquad] setting {PREFIX}{message}")
+            say(f"[subquad] setting {PREFIX}{message}")

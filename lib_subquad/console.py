@@ -1,0 +1,31 @@
+"""What we say on the console. Nothing that is said may raise: no line is worth an image.
+
+Imports nothing of ours, so that install.py can run it by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+def say(text: str, stream=None) -> None:
+    """Print a line, by default on stdout; characters that it cannot show are escaped."""
+    stream = sys.stdout if stream is None else stream
+    _tell(lambda line: print(line, file=stream, flush=True), text, stream)
+
+
+def warn(text: str) -> None:
+    """The same through the log "subquad", where a host or a program that uses us may collect it."""
+    _tell(logging.getLogger("subquad").warning, text, sys.stderr)
+
+
+def _tell(tell: Callable[[str], None], text: str, stream) -> None:
+    # The stream's own encoding is a guess where a launcher has put a wrapper in place of it: then ASCII. Where that
+    # fails too there is no console: it is closed, or a pipe that nobody reads.
+    for encoding in (getattr(stream, "encoding", None) or "utf-8", "ascii"):
+        try:
+            return tell(text.encode(encoding, "backslashreplace").decode(encoding))
+        except Exception:  # whatever a stream of somebody else's may raise
+            continue
