@@ -134,7 +134,8 @@ class Laboratory:
                 f"<b>subquad is not active</b>: the web UI uses {escape(name)}. Select <i>{escape(ENTRY.title())}</i> "
                 "in Settings, Optimizations, Cross attention optimization."
             )
-        return words.CSS + words.line(f"{active} {words.last_generation(status.generation())}")
+        line = words.line(f"{active} {words.last_generation(status.generation())}")
+        return words.CSS + line + "".join(words.kept_setting(name, word) for name, word in options.kept().items())
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import gradio as gr
 from modules import shared
@@ -54,8 +55,9 @@ def current() -> Settings:
     if known is not None and _identical(known[0], values):
         settings = known[1]
     else:
-        settings, changed = Settings.nearest(dict(zip(OPTIONS, values)))
-        _say(changed)
+        given = dict(zip(OPTIONS, values))
+        settings, _ = Settings.nearest(given)
+        _say(given)
         _last = (values, settings)
     if settings.upcast == "web UI":
         upcast = getattr(shared.opts, "upcast_attn", False)
@@ -64,13 +66,23 @@ def current() -> Settings:
 
 
 def put_right() -> None:
-    """Bring the stored values into range: one of a wrong type would block the whole "Apply settings"."""
+    """Bring the stored values into range: one of a wrong type would block the whole "Apply settings".
+
+    A word that is none of an option's choices stays: another version or another machine knows it.
+    """
     for name in OPTIONS:
         stored = shared.opts.data.get(key(name))
-        settings, changed = Settings.nearest({} if stored is None else {name: stored})
-        _say(changed)
-        if key(name) in shared.opts.data:
+        given = {} if stored is None else {name: stored}
+        settings, _ = Settings.nearest(given)
+        _say(given)
+        if key(name) in shared.opts.data and not _unknown_word(name, stored):
             shared.opts.data[key(name)] = default(name) if stored is None else getattr(settings, name)
+
+
+def kept() -> dict[str, str]:
+    """Field -> the word that is stored for it and not known here; the default holds meanwhile."""
+    stored = {name: shared.opts.data.get(key(name)) for name in OPTIONS}
+    return {name: value for name, value in stored.items() if _unknown_word(name, value)}
 
 
 def default(name: str):
@@ -90,7 +102,7 @@ def changed_from_default() -> dict[str, object]:
 
 def _info(name: str, option: Option):
     if option.choices:
-        component, arguments = gr.Radio, {"choices": list(option.choices)}
+        component, arguments = gr.Radio, lambda: {"choices": _choices(name)}
     elif isinstance(option.default, bool):
         component, arguments = gr.Checkbox, {}
     else:
@@ -113,9 +125,22 @@ def _identical(one: tuple, other: tuple) -> bool:
     return all(a is b for a, b in zip(one, other))
 
 
-def _say(changed: list[str]) -> None:
-    """Tell the console about a broken value, once."""
-    for message in changed:
-        if message not in _said:
-            _said.add(message)
-            say(f"[subquad] setting {PREFIX}{message}")
+def _choices(name: str) -> list[str]:
+    """The choices, and a word that is stored and not known here, so that a page shows what it is about to save."""
+    return [*OPTIONS[name].choices, *(word for field, word in kept().items() if field == name)]
+
+
+def _unknown_word(name: str, value) -> bool:
+    choices = [choice.casefold() for choice in OPTIONS[name].choices]
+    is_word = isinstance(value, str) and value.isprintable() and value.strip() != ""  # half a character cannot be saved
+    return bool(choices) and is_word and value.strip().casefold() not in choices
+
+
+def _say(values: Mapping[str, object]) -> None:
+    """Tell the console about values that cannot be used, once."""
+    for name, value in values.items():
+        for message in Settings.nearest({name: value})[1]:
+            message += " meanwhile, and keeping what was saved" if _unknown_word(name, value) else ""
+            if message not in _said:
+                _said.add(message)
+                say(f"[subquad] setting {PREFIX}{message}")

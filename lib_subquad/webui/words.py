@@ -8,6 +8,7 @@ from html import escape
 from ..checkpoint import Checkpoint
 from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration, Trial
+from ..settings import OPTIONS, shown
 from .status import Generation, missed
 
 KINDS = ("self", "cross")
@@ -98,6 +99,15 @@ def last_generation(seen: Generation) -> str:
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{megabytes(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
         f"{out_of_reach}"
+    )
+
+
+def kept_setting(name: str, word: str) -> str:
+    """A saved setting that cannot be used here."""
+    option = OPTIONS[name]
+    return warning(
+        f"{option.label} is set to {shown(word)}, which is not known here. Meanwhile it is {option.default}; "
+        "the setting stays as it was saved."
     )
 
 

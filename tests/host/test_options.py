@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -65,10 +66,11 @@ def test_nowebui_never_asks_for_settings(host, monkeypatch):
 @settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.dictionaries(st.sampled_from(list(OPTIONS)), BROKEN, min_size=1))
 def test_no_value_fails_a_generation(subquad, values):
-    """Read while it is broken, then put right in the store."""
+    """Read while it is broken, then put right in the store; a word that is not known here stays there."""
     from modules import shared
 
-    for name, value in values.items():
+    given = {name: values.get(name, option.default) for name, option in OPTIONS.items()}
+    for name, value in given.items():
         shared.opts.data[f"subquad_{name}"] = value
     current = subquad.options.current()
     for name, option in OPTIONS.items():
@@ -76,9 +78,14 @@ def test_no_value_fails_a_generation(subquad, values):
     told = subquad.options.changed_from_default()
     assert told.keys() <= set(subquad.options.INFOTEXT.values()) and None not in told.values()
     subquad.options.put_right()
+    kept = subquad.options.kept()
     for name, option in OPTIONS.items():
-        assert option.accepts(shared.opts.data[f"subquad_{name}"])
-    json.dumps({key: shared.opts.data[key] for key in map(subquad.options.key, OPTIONS)}, allow_nan=False)
+        stored = shared.opts.data[f"subquad_{name}"]
+        assert option.accepts(stored) or option.choices and kept[name] is stored is given[name]
+    stored = {key: shared.opts.data[key] for key in map(subquad.options.key, OPTIONS)}
+    assert (
+        json.loads(json.dumps(stored, allow_nan=False, ensure_ascii=False).encode("utf-8")) == stored
+    )  # as it is saved
     assert subquad.options.current() == current
 
 
@@ -119,6 +126,106 @@ def test_a_hand_edited_config_is_put_right_when_the_scripts_load(host, tmp_path)
         "subquad_memory_limit": 1,
     }
     assert [type(value) for value in stored.values()] == [int, str, bool, int]
+
+
+WORDS = {"subquad_engine": "xformers", "subquad_checkpointing": "自動", "subquad_upcast": "queries"}
+
+
+@pytest.fixture
+def words_of_another_version(host, tmp_path, capsys):
+    """The extension, loaded on a config file with words that it does not know; returns where the file is."""
+    from modules import shared
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**WORDS, "subquad_kv_chunk": 512}), encoding="utf8")
+    shared.opts.load(str(config))
+    host.load_extension()
+    return config
+
+
+def test_words_that_are_not_known_here_are_kept_as_saved(words_of_another_version):
+    """Also when other settings are changed and saved, as "Apply settings" does it: all at once, through the page."""
+    from modules import shared
+
+    from lib_subquad.webui import options
+
+    assert options.current() == Settings(kv_chunk=512, upcast="never")
+    shown = {}
+    for name in map(options.key, OPTIONS):
+        info = shared.opts.data_labels[name]
+        arguments = info.component_args() if callable(info.component_args) else info.component_args
+        widget = info.component(label=info.label, value=shared.opts.data[name], **arguments)
+        shown[name] = widget.preprocess(widget.postprocess(widget.value))
+        choices = [choice for _, choice in getattr(widget, "choices", [])]
+        assert not choices or shown[name] in choices  # the page has a button for it
+    for name, value in {**shown, "subquad_kv_chunk": 256}.items():
+        assert shared.opts.same_type(value, shared.opts.data_labels[name].default)
+        shared.opts.set(name, value)
+    shared.opts.save(str(words_of_another_version))
+    saved = json.loads(words_of_another_version.read_text(encoding="utf8"))
+    assert WORDS.items() <= saved.items() and saved["subquad_kv_chunk"] == 256
+
+
+def test_they_are_told_once_on_the_console_and_on_the_page(words_of_another_version, capsys):
+    from lib_subquad.webui import laboratory, options
+
+    for _ in range(3):
+        options.current()
+        options.put_right()
+    told = [line for line in capsys.readouterr().out.splitlines() if "xformers" in line]
+    assert told == [
+        "[subquad] setting subquad_engine is 'xformers', expected one of 'automatic', 'fused', 'portable'; "
+        "using 'automatic' meanwhile, and keeping what was saved"
+    ]
+    status = laboratory.LABORATORY.status()
+    assert "Engine is set to &#x27;xformers&#x27;, which is not known here. Meanwhile it is automatic" in status
+    assert "自動" in status and "queries" in status
+
+
+def test_and_can_be_changed_away_from(words_of_another_version):
+    from modules import shared
+
+    from lib_subquad.webui import laboratory, options
+
+    def choices():
+        return shared.opts.data_labels["subquad_engine"].component_args()["choices"]
+
+    assert choices() == ["automatic", "fused", "portable", "xformers"]
+    assert shared.opts.set("subquad_engine", "portable")
+    assert options.current().engine == "portable"
+    assert choices() == ["automatic", "fused", "portable"]
+    assert "xformers" not in laboratory.LABORATORY.status()
+
+
+@pytest.mark.parametrize("broken", ["", " ", "\ud800", "two\nlines", 5, None, ["fused"]])
+def test_what_is_no_word_is_put_right(subquad, tmp_path, broken):
+    """Half a character would break the file that it is saved to."""
+    subquad.opts.data["subquad_engine"] = broken
+    subquad.options.put_right()
+    assert subquad.opts.data["subquad_engine"] == "automatic" and not subquad.options.kept()
+    subquad.opts.save(str(tmp_path / "config.json"))
+
+
+def test_a_known_word_is_put_right_however_it_is_spelled(subquad):
+    subquad.opts.set("subquad_engine", " Portable ")
+    assert subquad.opts.data["subquad_engine"] == "portable"
+
+
+def test_it_starts_on_a_console_that_cannot_show_the_value(host, monkeypatch):
+    from modules import sd_hijack, shared
+
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
+    monkeypatch.setattr(sys, "stdout", console)
+    shared.opts.data.update(subquad_engine="自動", subquad_query_chunk="自動")
+    host.load_extension()
+    assert "subquad" in [entry.name for entry in sd_hijack.optimizers]
+    from lib_subquad.webui import options
+
+    shared.opts.data["subquad_vae"] = "自動"  # as one request's override sets it
+    assert options.current() == Settings(upcast="never")
+    told = console.buffer.getvalue().decode("cp1252").splitlines()
+    assert [line.split()[2] for line in told] == ["subquad_query_chunk", "subquad_engine", "subquad_vae"]
+    assert all("'\\u81ea\\u52d5'" in line for line in told)
 
 
 def test_setting_one_puts_it_right_at_once(subquad):
@@ -196,6 +303,16 @@ def test_an_override_holds_for_one_request(subquad, generate):
     seen = generate(override_settings={"subquad_query_chunk": 512, "subquad_engine": "portable"})
     assert (seen.query_chunk, seen.kv_chunk, seen.engine) == (512, 128, "portable")
     assert generate() == Settings(kv_chunk=128, upcast="never")
+
+
+def test_an_override_that_is_not_known_here_leaves_the_setting_as_saved(subquad, generate):
+    """As an image's infotext from another version brings it."""
+    subquad.opts.set("subquad_engine", "portable")
+    assert generate(override_settings={"subquad_engine": "xformers"}).engine == "automatic"
+    assert subquad.opts.data["subquad_engine"] == "portable"
+    subquad.opts.set("subquad_engine", "xformers")
+    assert generate(override_settings={"subquad_engine": "portable"}).engine == "portable"
+    assert subquad.opts.data["subquad_engine"] == "xformers"
 
 
 @pytest.mark.parametrize("value", ["text", -1, None, float("nan"), 10**9, [1]])
