@@ -84,8 +84,7 @@ def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate:
     assert (query_chunk, kv_chunk, engine) != ("1", "0", "automatic")
 
     tokens = generate()
-    tab.open()
-    tab.click("refresh")
+    tab.open()  # asks anew what the state is
     tab.wait_for("#subquad_status", "Last generation")
     assert "subquad is active" in tab.status
     assert page.locator("#subquad_status abbr[title]").count() >= 5
@@ -97,6 +96,17 @@ def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate:
     tab.click("undo")
     tab.wait_for_setting("query_chunk", "1")
     assert tab.settings == ("1", "0", "automatic")
+
+
+def hidden_columns(page) -> list[str]:
+    """What an answer's tables tell that cannot be seen at this width without moving them aside."""
+    return page.evaluate(
+        """answer => [...document.querySelectorAll(`${answer} .subquad-table td`)].filter(cell => {
+            const box = cell.getBoundingClientRect();
+            return cell.innerText && !(0 <= box.left && box.width && box.right <= innerWidth);
+        }).map(cell => cell.innerText)""",
+        ANSWER,
+    )
 
 
 def set_number(page, elem_id: str, value: int) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from ..lab.explain import Row
 from . import models, options, status
 from .optimizer import ENTRY
+from .words import sendable
 
 
 class PlanRow(BaseModel):
@@ -69,11 +70,11 @@ def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: 
     try:
         found, rows = models.rows_for(checkpoint, width, height, batch, settings)
     except models.Refused as error:
-        raise HTTPException(status_code=422, detail=str(error)) from error
+        raise HTTPException(status_code=422, detail=sendable(str(error))) from error
     largest = models.largest(found, width, height, batch, settings) if rows else None
     return PlanResponse(
         family=found.family,
-        notes=list(found.notes),
+        notes=[sendable(note) for note in found.notes],
         rows=[_row(row) for row in rows],
         largest_image=list(largest) if largest else None,
     )

@@ -16,19 +16,33 @@ from .optimizer import ENTRY
 
 
 class Measurement:
-    """What one page measures: the wish that it stop, and when it has ended what was explored."""
+    """What one page measures: it waits for its turn, runs, and has ended; the wish that it stop; what was explored.
+
+    `withdrawn`: it was cancelled before its turn came, and will never run.
+    """
 
     def __init__(self) -> None:
-        self.running = True
         self.exploration: Exploration | None = None
-        self._cancelled = threading.Event()
+        self.waiting = True
+        self.running = self.cancelled = self.withdrawn = False
+        self._lock = threading.Lock()
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
+    def begin(self) -> bool:
+        """Its turn has come: whether it is to run. Once, and not when it was withdrawn meanwhile."""
+        with self._lock:
+            waited, self.waiting = self.waiting, False
+            self.running = self.running or waited
+            return waited
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        with self._lock:
+            self.withdrawn = self.withdrawn or self.waiting
+            self.cancelled = self.cancelled or self.waiting or self.running
+            self.waiting = False
+
+    def end(self) -> None:
+        with self._lock:
+            self.running = self.waiting = False
 
 
 class Laboratory:
@@ -36,6 +50,7 @@ class Laboratory:
 
     def __init__(self) -> None:
         self._replaced: dict[str, object] | None = None
+        self._measuring = False
 
     def explain(self, checkpoint: str, width, height, batch) -> str:
         """The plan table, as HTML."""
@@ -47,14 +62,28 @@ class Laboratory:
         except Refused as error:
             return words.CSS + words.warning(str(error))
 
-    def measure(self, checkpoint: str, width, height, batch) -> Iterator[tuple[str, Measurement]]:
-        """(HTML, measurement) as measuring goes on. Generation waits meanwhile; the device's memory is given back."""
-        measurement = Measurement()
+    def request(self, measurement: Measurement | None) -> tuple[Measurement, str]:
+        """What a page is to measure next, and a sentence. Known from now on, so that it can be cancelled while it waits
+        for its turn; a page measures one thing at a time."""
+        if measurement is not None and (measurement.waiting or measurement.running):
+            return measurement, "This page is measuring already."
+        return Measurement(), ""
+
+    def measure(
+        self, checkpoint: str, width, height, batch, measurement: Measurement | None = None
+    ) -> Iterator[tuple[str, Measurement]]:
+        """(HTML, measurement) as measuring goes on; nothing when it was cancelled before its turn came.
+
+        Generation waits meanwhile; the device's memory is given back.
+        """
+        measurement = measurement or Measurement()
+        if not measurement.begin():
+            return
         try:
             for answer in self._measure(measurement, checkpoint, width, height, batch):
                 yield answer, measurement
         finally:  # also when the visitor closes the page
-            measurement.running = False
+            measurement.end()
 
     def _measure(self, measurement: Measurement, *question) -> Iterator[str]:
         settings = options.current()
@@ -66,11 +95,14 @@ class Laboratory:
         if not rows:
             yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves.")
             return
+        device = models.device()
         if not call_queue.queue_lock.acquire(blocking=False):
-            yield words.CSS + words.warning("An image is being made: measure when it is done.")
+            busy = "Another page is measuring" if self._measuring else "An image is being made"
+            yield words.CSS + words.warning(f"{busy}: measure when it is done.")
             return
-        exploration = Exploration(rows, settings, models.device())
+        self._measuring = True
         try:
+            exploration = Exploration(rows, settings, device)
             for step in exploration.run():
                 if measurement.cancelled:
                     break
@@ -79,8 +111,11 @@ class Laboratory:
             yield words.CSS + words.warning(f"Measuring stopped: {error}")
             return
         finally:
-            devices.release_cached(exploration.device)
-            call_queue.queue_lock.release()
+            try:
+                devices.release_cached(device)
+            finally:  # whatever became of the device: without the lock no image is made any more
+                self._measuring = False
+                call_queue.queue_lock.release()
         if not exploration.trials:
             why = "Cancelled before a first setting was measured." if measurement.cancelled else "Nothing fits here."
             yield words.CSS + words.warning(why)
@@ -91,9 +126,11 @@ class Laboratory:
 
     def cancel(self, measurement: Measurement | None) -> str:
         """Stop this page's own measurement, and no other's."""
-        if measurement is None or not measurement.running:
+        if measurement is None or not (measurement.waiting or measurement.running):
             return "Nothing is being measured on this page."
         measurement.cancel()
+        if measurement.withdrawn:
+            return "Cancelled before its turn came: nothing was measured."
         return "Measuring stops when the call under way has ended."
 
     def apply(self, measurement: Measurement | None) -> tuple[str, dict[str, object]]:
@@ -140,10 +177,10 @@ class Laboratory:
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
     """Write settings as the web UI's own page does: what happened, and the values that were set."""
-    changed, refused = {}, []
+    changed, refused, in_force = {}, [], options.current()
     for name, value in wanted.items():
         before = getattr(shared.opts, options.key(name))
-        if before == value:
+        if value in (before, getattr(in_force, name)):  # a word that is kept although it is not known here stays
             continue
         try:
             if shared.opts.set(options.key(name), value):

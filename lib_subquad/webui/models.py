@@ -9,7 +9,7 @@ from modules import sd_models, shared
 
 from ..checkpoint import Checkpoint, CheckpointError, from_shapes, read_attention_layers
 from ..lab.explain import Row, explain, largest_image
-from ..settings import Settings
+from ..settings import Settings, shown
 
 LOADED = "the loaded checkpoint"
 LARGEST_SIDE = 4096
@@ -32,9 +32,10 @@ def read(title: str | None) -> Checkpoint:
     """
     if title in (None, "", LOADED):
         return _read_loaded()
-    info = getattr(sd_models, "checkpoints_list", {}).get(title)
+    listed = getattr(sd_models, "checkpoints_list", {})
+    info = listed.get(title) if isinstance(title, str) else None
     if info is None:
-        raise Refused(f"There is no checkpoint {title!r} on the web UI's list.")
+        raise Refused(f"There is no checkpoint {shown(title)} on the web UI's list.")
     return _read_file(info.filename)
 
 

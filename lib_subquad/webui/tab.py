@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import time
+import traceback
+from html import escape
 
 import gradio as gr
+from gradio.context import Context
+from modules import shared
 
+from ..console import say
 from . import models, words
 from .laboratory import LABORATORY
 
@@ -44,11 +51,28 @@ MOVE_SLIDERS = """
 """
 
 
+class Tab(gr.Blocks):
+    """Blocks that are told when the host shows them: at each time, `on_show` runs.
+
+    The host draws us inside a tab of its own, and only that one knows when it is opened.
+    """
+
+    on_show: tuple | None = None
+
+    def render(self):
+        super().render()
+        if isinstance(Context.block, gr.TabItem) and self.on_show:
+            act, outputs = self.on_show
+            Context.block.select(act, None, outputs, queue=False, show_progress="hidden", api_name=False)
+        return self
+
+
 def create() -> list[tuple[gr.Blocks, str, str]]:
     """The tab, as the web UI's on_ui_tabs takes it."""
-    with gr.Blocks(analytics_enabled=False) as tab:
+    state_now = _answering(_refresh, 2)
+    with Tab(analytics_enabled=False) as tab:
         with gr.Row(elem_id="subquad_status_row"):
-            status = gr.HTML(LABORATORY.status, elem_id="subquad_status")  # a function: asked anew by every page
+            status = gr.HTML(lambda: state_now()[0], elem_id="subquad_status")  # a function: asked anew by every page
             refresh = gr.Button("Refresh", elem_id="subquad_refresh", scale=0, min_width=100)
         gr.Markdown(INTRODUCTION.replace("\n", " "))  # gradio 3 would break lines there
         with gr.Row():
@@ -76,18 +100,32 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         answer = gr.HTML(elem_id="subquad_answer")
         measurement = gr.State(None)  # this page's own
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
+        gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
 
+    def on(event, act, inputs, outputs, **how):
+        return event(_answering(act, len(outputs)), inputs, outputs, api_name=False, **how)
+
+    unqueued = {"queue": False}
+    with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
     with tab:
         question = [checkpoint, width, height, batch]
-        refresh.click(_refresh, None, [status, checkpoint], queue=False, api_name=False)
-        explain.click(_explain, question, [answer, message], queue=False, api_name=False)
-        measure.click(_measure, question, [answer, plot, message, measurement], api_name=False)
-        cancel.click(_cancel, measurement, message, queue=False, api_name=False)
+        on(refresh.click, _refresh, None, [status, checkpoint], **unqueued)
+        on(explain.click, _explain, question, [answer, message], **unqueued)
+        # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
+        asked = on(measure.click, _request, measurement, [answer, plot, message, measurement], **unqueued)
+        measured, shown = [*question, measurement], [answer, plot, message]
+        if with_queue:
+            measuring = on(asked.then, _measure, measured, shown)
+            gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
+        else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
+            on(asked.then, _measure_at_once, measured, shown, **unqueued)
+        on(cancel.click, _cancel, measurement, [message, answer, gone], **unqueued)
         for button, action, given in ((apply, LABORATORY.apply, measurement), (undo, LABORATORY.undo, None)):
-            done = button.click(_and_tell(action), given, [message, payload, status], queue=False, api_name=False)
+            done = on(button.click, _and_tell(action), given, [message, payload, status], **unqueued)
             done.then(None, payload, payload, **{SCRIPT: MOVE_SLIDERS})
+        tab.on_show = (state_now, [status, checkpoint])
 
-    for widget in (checkpoint, width, height, batch, payload):
+    for widget in (checkpoint, width, height, batch, payload, gone):
         widget.do_not_save_to_config = True  # ui-config.json would freeze them
     return [(tab, TITLE, ELEMENT)]
 
@@ -104,19 +142,36 @@ def _explain(*question):
     return LABORATORY.explain(*question), ""
 
 
+def _request(before):
+    measurement, message = LABORATORY.request(before)
+    if measurement is before:
+        return gr.update(), gr.update(), words.line(message), measurement
+    waiting = words.CSS + words.line("Measuring begins as soon as it is its turn.")
+    return waiting, gr.update(visible=False), "", measurement
+
+
 def _measure(*question):
-    """The generator behind Measure: the answer, the plot, no message, and the measurement, again and again."""
-    yield "", gr.update(visible=False), "", None
+    """The generator behind Measure: the answer, the plot, and no message, again and again."""
+    yield gr.update(), gr.update(), gr.update()  # of a step that gives nothing gradio would make empty answers
     for answer, measurement in LABORATORY.measure(*question):
         found = measurement.exploration
         plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
         # What Cancel said is over with the answer that comes next.
         message = "" if found or measurement.cancelled else gr.update()
-        yield answer, plot, message, measurement
+        yield answer, plot, message
+
+
+def _measure_at_once(*question):
+    *_, last = _measure(*question)
+    return last
 
 
 def _cancel(measurement):
-    return words.line(LABORATORY.cancel(measurement))
+    waited = measurement is not None and measurement.waiting
+    message = words.line(LABORATORY.cancel(measurement))
+    if waited and measurement.withdrawn:
+        return message, "", str(time.monotonic_ns())
+    return message, gr.update(), gr.update()
 
 
 def _picture(exploration):
@@ -132,6 +187,36 @@ def _picture(exploration):
 def _and_tell(action):
     def act(*given):
         message, settings = action(*given)
-        return words.line(message), json.dumps(settings), LABORATORY.status()
+        return words.line(escape(message)), json.dumps(settings), LABORATORY.status()
 
     return act
+
+
+def _answering(act, outputs: int):
+    """`act`, or a sentence in the first of its outputs for whatever it raises; the console has the rest.
+
+    A page that gets an error says no more than that there was one.
+    """
+    untouched = [gr.update()] * (outputs - 1)
+
+    def failed(error: Exception) -> list:
+        say(traceback.format_exc())
+        return [words.CSS + words.warning(f"That did not work: {type(error).__name__}: {error}"), *untouched]
+
+    def sent(answers) -> list:
+        """As JSON can carry it."""
+        return [words.sendable(answer) if isinstance(answer, str) else answer for answer in answers]
+
+    def answer(*given):
+        try:
+            return sent(act(*given))
+        except Exception as error:
+            return sent(failed(error))
+
+    def answer_again_and_again(*given):
+        try:
+            yield from map(sent, act(*given))
+        except Exception as error:
+            yield sent(failed(error))
+
+    return answer_again_and_again if inspect.isgeneratorfunction(act) else answer

@@ -12,6 +12,7 @@ from ..settings import OPTIONS, shown
 from .status import Generation, missed
 
 KINDS = ("self", "cross")
+FEW_COLUMNS = 5
 
 TERMS = {
     "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
@@ -34,16 +35,35 @@ TERMS = {
     "Peak": "The most memory that any call needed beside its input and its result.",
 }
 
-CSS = """
+# Where a page is too narrow for a table, each of its rows becomes a card: what it is about, then label above value.
+CARDS = """ {
+.subquad-table thead {display: none}
+.subquad-table table, .subquad-table tbody, .subquad-table td {display: block}
+.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(6em, 1fr)); gap: .5em .8em;
+                   padding: .7em 0; white-space: normal}
+.subquad-table td {padding: 0 !important}
+.subquad-table td:first-child, .subquad-table td:last-child {grid-column: 1 / -1}
+.subquad-table td:first-child {font-weight: 600}
+.subquad-table .subquad-label {display: block; font-size: .8em; font-weight: 400; opacity: .75}
+}
+"""
+
+CSS = f"""
 <style>
-.subquad-table {overflow-x: auto}
-.subquad-table table {width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap}
-.subquad-table th, .subquad-table td {text-align: left; padding: .35em .6em .35em 0; vertical-align: top}
-.subquad-table tr {border-bottom: 1px solid var(--border-color-primary, #8884)}
-.subquad-table td:last-child {white-space: normal; min-width: 8em}
-.subquad-table abbr, .subquad-line abbr {text-decoration: underline dotted; cursor: help}
-.subquad-line {margin: .3em 0}
-.subquad-warning {border-left: 3px solid #d97706; padding-left: .6em}
+.subquad-table {{overflow-x: auto; container: subquad-few / inline-size}}
+.subquad-table.subquad-many {{container-name: subquad-many}}
+.subquad-table table {{width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap}}
+.subquad-table :is(table, tr, th, td) {{border: none !important}}  /* gradio draws its own */
+.subquad-table tr {{border-bottom: 1px solid var(--border-color-primary, #8884) !important}}
+.subquad-table th, .subquad-table td {{text-align: left; padding: .35em .6em .35em 0; vertical-align: top}}
+.subquad-table td:last-child {{white-space: normal; min-width: 8em}}
+.subquad-label {{display: none}}
+@container subquad-few (max-width: 480px) {CARDS}
+@container subquad-many (max-width: 1000px) {CARDS}
+.subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
+#subquad_status_row {{align-items: flex-start}}
+.subquad-line {{margin: .3em 0}}
+.subquad-warning {{border-left: 3px solid #d97706; padding-left: .6em}}
 </style>
 """
 
@@ -59,6 +79,11 @@ def line(text: str) -> str:
 
 def warning(text: str) -> str:
     return f'<p class="subquad-line subquad-warning">{escape(text)}</p>'
+
+
+def sendable(text: str) -> str:
+    """Text as JSON can carry it: names of files and of tensors may hold half characters."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int] | None, asked: tuple[int, int]) -> str:
@@ -150,6 +175,11 @@ def progress(done: int, total: int, seconds_left: float | None, what: str) -> st
 
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> str:
-    head = "".join(f"<th>{term(heading) if heading else ''}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="subquad-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    """HTML. Every cell says what it is as well, for pages that are too narrow for a line of headings."""
+    terms = [term(heading) if heading else "" for heading in headings]
+    labels = [f'<span class="subquad-label">{it}</span>' if it else "" for it in terms]
+    head = "".join(f"<th>{it}</th>" for it in terms)
+    cells = ("".join(f"<td>{label}{cell}</td>" for label, cell in zip(labels, row)) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    kind = "subquad-table" if len(headings) <= FEW_COLUMNS else "subquad-table subquad-many"
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

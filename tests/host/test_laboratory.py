@@ -76,6 +76,71 @@ def test_a_question_that_cannot_be_answered(laboratory, lock, question, words):
     lock.release()
 
 
+@pytest.mark.parametrize("where", ["the device cannot be asked", "its memory cannot be given back"])
+def test_a_device_that_is_lost_does_not_lock_the_web_ui(laboratory, lock, monkeypatch, where):
+    from lib_subquad import device as devices
+
+    def lost(device):
+        raise RuntimeError("device lost")
+
+    steps = laboratory.measure(*QUESTION)
+    if where == "the device cannot be asked":
+        monkeypatch.setattr("lib_subquad.lab.explore.Exploration.__post_init__", lost)
+        assert "Measuring stopped: device lost" in finished(steps)[0]
+    else:
+        next(steps)
+        monkeypatch.setattr(devices, "release_cached", lost)
+        with pytest.raises(RuntimeError, match="device lost"):
+            list(steps)
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+def test_what_waits_for_its_turn_can_be_cancelled(laboratory, lock):
+    waiting, message = laboratory.request(None)
+    assert message == "" and waiting.waiting
+    assert laboratory.cancel(waiting) == "Cancelled before its turn came: nothing was measured."
+    assert waiting.withdrawn and not waiting.waiting
+    assert list(laboratory.measure(*QUESTION, waiting)) == []  # its turn comes after all
+    assert laboratory.cancel(waiting) == "Nothing is being measured on this page."
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+def test_a_page_measures_one_thing_at_a_time(laboratory):
+    measurement, _ = laboratory.request(None)
+    assert laboratory.request(measurement) == (measurement, "This page is measuring already.")
+    steps = laboratory.measure(*QUESTION, measurement)
+    next(steps)
+    assert laboratory.request(measurement) == (measurement, "This page is measuring already.")
+    assert list(laboratory.measure(*QUESTION, measurement)) == []  # asked for twice
+    assert measurement.running and "recommended" in finished(steps)[0]
+    following, message = laboratory.request(measurement)
+    assert following is not measurement and message == ""
+    assert "recommended" in finished(laboratory.measure(*QUESTION, following))[0]
+
+
+def test_it_says_who_is_busy(laboratory, lock):
+    steps = laboratory.measure(*QUESTION)
+    next(steps)
+    assert "Another page is measuring: measure when it is done." in finished(laboratory.measure(*QUESTION))[0]
+    steps.close()
+    with lock:
+        assert "An image is being made: measure when it is done." in finished(laboratory.measure(*QUESTION))[0]
+
+
+def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
+    """Automatic is in force where it stands, and recommended: there is nothing to set."""
+    loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="xformers")
+    _, measurement = finished(laboratory.measure(*QUESTION))
+    assert measurement.exploration.recommended().settings.engine == "automatic"
+    message, moved = laboratory.apply(measurement)
+    assert "subquad_query_chunk" in moved and "subquad_engine" not in moved and "Engine" not in message
+    assert loaded.opts.subquad_engine == "xformers"
+    laboratory.undo()
+    assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "xformers")
+
+
 def test_apply_and_undo(laboratory, loaded):
     loaded.opts.set("subquad_query_chunk", 1)
     _, measurement = finished(laboratory.measure(*QUESTION))

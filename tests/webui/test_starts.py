@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from lib_subquad.settings import OPTIONS
-from tests.webui.pages import open_page, open_section, set_query_chunk
+from tests.attention_tab import AttentionTab
+from tests.webui.pages import apply_settings, open_page, open_section, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
 
@@ -34,6 +37,31 @@ def test_automatic_without_flags_is_the_hosts_own_choice(webui):
         assert not server.status()["active"]
         server.select("Automatic")
         assert not server.status()["active"]
+
+
+def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
+    """As another version may have saved it: told, shown, not used, and left as it was until somebody changes it."""
+    config = webui.data / "config.json"
+    config.write_text(json.dumps({"subquad_engine": "xformers", "cross_attention_optimization": TITLE}))
+
+    def saved():
+        return json.loads(config.read_text(encoding="utf8"))
+
+    with webui.running() as server:
+        assert server.log.count("[subquad] setting subquad_engine is 'xformers'") == 1
+        page = open_page(browser, server)
+        AttentionTab(page).open().wait_for("#subquad_status", "Engine is set to 'xformers', which is not known here")
+        set_query_chunk(page, 96)
+        assert (saved()["subquad_query_chunk"], saved()["subquad_engine"]) == (96, "xformers")
+        _, infotext = server.generate()
+        assert "Subquad query chunk: 96" in infotext and "Subquad engine" not in infotext
+        page.locator("#setting_subquad_engine label", has_text="portable").first.click()
+        apply_settings(page)
+        assert saved()["subquad_engine"] == "portable"
+        assert "Subquad engine: portable" in server.generate()[1]
+        page.close()
+        assert "Traceback" not in server.log
+    config.unlink()
 
 
 @pytest.fixture(scope="module")

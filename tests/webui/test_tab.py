@@ -6,13 +6,12 @@ import threading
 
 import pytest
 
-from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo
+from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, hidden_columns
 from tests.webui.pages import generate, open_page, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
-# Tables scroll by themselves.
 WIDEST = """() => Math.max(
-    ...[...document.querySelectorAll("#tab_subquad_tab *:not(.subquad-table *)")]
+    ...[...document.querySelectorAll("#tab_subquad_tab *")]
         .map(element => element.getBoundingClientRect().right)
 )"""
 
@@ -55,6 +54,22 @@ def test_measuring_refuses_while_an_image_is_made(page):
     making.join()
 
 
+def test_another_page_is_told_who_is_busy(page):
+    tab = AttentionTab(page).open(side=1024)
+    tab.click("measure")
+    tab.wait_until_measuring()
+    other = open_page(page.context.browser, page.server)
+    others = AttentionTab(other).open(side=64)
+    others.click("measure")
+    others.wait_for(ANSWER, "Another page is measuring: measure when it is done.")
+    others.click("cancel")
+    others.wait_for("#subquad_message", "Nothing is being measured on this page.")
+    other.close()
+    assert page.locator(f"{ANSWER} progress").count()
+    tab.click("cancel")
+    tab.wait_for(ANSWER, "Cancelled")
+
+
 def test_an_image_waits_while_measuring(page):
     """And has the device to itself afterwards, when measuring was cancelled."""
     tab = AttentionTab(page).open(side=1024)  # for which one call takes longer than the image does
@@ -76,8 +91,20 @@ def test_it_reads_on_a_phone(page):
     tab = AttentionTab(phone).open(side=512)
     tab.click("explain")
     tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert phone.evaluate(WIDEST) <= 390
+    assert phone.evaluate(WIDEST) <= 390 and hidden_columns(phone) == []
     phone.close()
+
+
+def test_without_gradios_queue(webui, browser):
+    """The web UI starts, and Measure gives its answer when it is done."""
+    (webui.data / "config.json").unlink(missing_ok=True)
+    with webui.running("--no-gradio-queue") as server:
+        page = open_page(browser, server)
+        tab = AttentionTab(page).open(side=64)
+        tab.click("measure")
+        tab.wait_for(f"{ANSWER} table", "recommended")
+        page.close()
+        assert "Traceback" not in server.log
 
 
 def test_frozen_settings_get_a_message(webui, browser):

@@ -1,0 +1,224 @@
+"""The tab's events over HTTP, as gradio's page and scripts send them: whatever is asked, the answer is a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+
+import gradio as gr
+import pytest
+from fastapi.testclient import TestClient
+
+LOADED = '"the loaded checkpoint"'
+GOOD = [LOADED, "64", "64", "1"]
+# Anything that JSON, as Python reads it, can say.
+ANYTHING = [
+    *("null", "true", "false", "NaN", "Infinity", "1e400", "-1e400", "-5", "64.5", "1" + "0" * 400, "1" + "0" * 4000),
+    *('""', '"x"', '"\\ud800"', '"512"', '"<b>"', '"' + "9" * 5000 + '"', '"the loaded checkpoint"'),
+    *("[]", "[1]", '["the loaded checkpoint"]', "{}", '{"a": {}}', "[" * 200 + "]" * 200),
+]
+
+
+class Page:
+    """The events of the demo's page, each by the element that triggers it and how."""
+
+    def __init__(self, blocks: gr.Blocks) -> None:
+        self.client = TestClient(gr.routes.App.create_app(blocks))
+        config = self.client.get("/config").json()
+        elements = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
+        self.events = {}
+        after = {}
+        for position, event in enumerate(config["dependencies"]):
+            number = event.get("id", position)
+            [element, how] = _target(event, elements, after)
+            after[number] = element
+            if event["backend_fn"] and str(element).removeprefix("tab_").startswith("subquad_"):
+                self.events[element, how] = (number, [elements[it] for it in event["inputs"]])
+
+    def send(self, element: str, how: str, data: list[str], session: str | None) -> list[list]:
+        """What one event answers, again and again; `data` in JSON."""
+        number, inputs = self.events[element, how]
+        data = [*data, *["null"] * (len(inputs) - len(data))]
+        head = {"fn_index": number, "session_hash": session, "event_id": uuid.uuid4().hex}
+        body = f'{{"data": [{", ".join(data)}], {json.dumps(head)[1:]}'
+        answers, more = [], True
+        while more:
+            response = self.client.post("/run/predict", content=body, headers={"Content-Type": "application/json"})
+            assert response.status_code == 200, f"{element}, {how}: {response.text}"
+            answer = response.json()
+            more = answer["is_generating"]
+            if more or not answers:
+                answers.append(answer["data"])
+        return answers
+
+
+def _target(event: dict, elements: dict, after: dict) -> tuple[str | None, str]:
+    """The element that triggers an event and how; for one that follows another, the element of that one."""
+    if event["trigger_after"] is not None:
+        return after[event["trigger_after"]], "then"
+    target = event["targets"][0] if event["targets"] else None
+    if isinstance(target, list):  # gradio 4, and 3.41's events of several elements
+        return elements.get(target[0]), target[1]
+    return elements.get(target), event.get("trigger")
+
+
+@pytest.fixture
+def page(loaded):
+    from demo.page import build
+
+    page = Page(build("a prompt", 1, (64, 64), 1).queue())
+    with page.client:
+        yield page
+
+
+def sentences(answers) -> str:
+    """All text in it; gradio 4 sends what follows a first answer as [["replace", [], text]]."""
+    if isinstance(answers, list):
+        return " ".join(filter(None, map(sentences, answers)))
+    return answers if isinstance(answers, str) else ""
+
+
+def test_every_event_is_known_here(page):
+    assert set(page.events) == {
+        ("subquad_refresh", "click"),
+        ("subquad_explain", "click"),
+        ("subquad_measure", "click"),
+        ("subquad_measure", "then"),
+        ("subquad_cancel", "click"),
+        ("subquad_apply", "click"),
+        ("subquad_undo", "click"),
+        ("tab_subquad_tab", "select"),
+        *([("subquad_gone", "change")] if gr.__version__.startswith("3.") else []),
+    }
+
+
+@pytest.mark.parametrize("event", [("subquad_explain", "click"), ("subquad_measure", "then")], ids=" ".join)
+@pytest.mark.parametrize("slot", range(4), ids=["checkpoint", "width", "height", "batch"])
+def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
+    from lib_subquad.lab import explore
+
+    monkeypatch.setattr(explore.Exploration, "run", lambda exploration: iter(()))  # measures nothing: fast
+    for value in ANYTHING:
+        data = [*GOOD[:slot], value, *GOOD[slot + 1 :]]
+        # what answers again and again needs a session in gradio 3
+        for session in ("somebody", None) if event[1] == "click" else ("somebody",):
+            said = sentences(page.send(*event, data, session))
+            assert (
+                "must be" in said or "There is no checkpoint" in said or "layers in" in said or "Nothing fits" in said
+            )
+            assert "That did not work" not in said
+
+
+@pytest.mark.parametrize("value", ["null", "[]", '{"running": true}', '"\\ud800"', "1e400"])
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        ("subquad_cancel", "Nothing is being measured on this page."),
+        ("subquad_apply", "Measure first"),
+        ("subquad_undo", "There is nothing to undo."),
+        ("subquad_measure", "Measuring begins as soon as it is its turn."),
+        ("subquad_refresh", "subquad is not active"),
+    ],
+)
+def test_buttons_that_take_no_question_ignore_what_is_sent(page, element, said, value):
+    for session in ("somebody", None):
+        assert said in sentences(page.send(element, "click", [value], session))
+
+
+def test_the_tab_asks_anew_when_it_is_shown(page, loaded):
+    loaded.select("subquad")
+    assert "subquad is active" in sentences(page.send("tab_subquad_tab", "select", [], "somebody"))
+    loaded.select("sdp")
+    assert "subquad is not active" in sentences(page.send("tab_subquad_tab", "select", [], "somebody"))
+
+
+def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
+    """In the words of the error, whatever they are made of; the console has where it came from."""
+    from demo.page import build
+    from lib_subquad.webui import models
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    def broken(*_):
+        raise RuntimeError("half a character \ud800 <b>")
+
+    for name in ("apply", "undo", "cancel", "request"):
+        monkeypatch.setattr(LABORATORY, name, broken)
+    page = Page(build("a prompt", 1, (64, 64), 1).queue())
+    for name in ("rows_for", "titles"):
+        monkeypatch.setattr(models, name, broken)
+    events = [event for event in page.events if event != ("subquad_gone", "change")]
+    with page.client:
+        for event in events:
+            said = sentences(page.send(*event, GOOD, "somebody"))
+            assert "That did not work: RuntimeError: half a character \\ud800 &lt;b&gt;" in said
+    assert capsys.readouterr().out.count("Traceback") == len(events)
+
+
+def test_cancel_takes_a_waiting_measure_out_of_the_queue(page, monkeypatch):
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    measured = []
+    monkeypatch.setattr(LABORATORY, "_measure", lambda *question: iter([measured.append(question) or "measured"]))
+    page.send("subquad_measure", "click", [], "one")
+    assert "Cancelled before its turn came" in sentences(page.send("subquad_cancel", "click", [], "one"))
+    page.send("subquad_measure", "then", GOOD, "one")
+    assert not measured
+    page.send("subquad_measure", "click", [], "one")
+    assert "Nothing is being measured" in sentences(page.send("subquad_cancel", "click", [], "other"))
+    assert "measured" in sentences(page.send("subquad_measure", "then", GOOD, "one")) and len(measured) == 1
+
+
+def test_without_gradios_queue_it_measures_all_the_same(loaded, monkeypatch):
+    """A web UI that was started so does not start at all if an event could be cancelled."""
+    from modules import shared
+
+    from demo.page import build
+
+    monkeypatch.setattr(shared.cmd_opts, "no_gradio_queue", True, raising=False)
+    blocks = build("a prompt", 1, (64, 64), 1)
+    blocks.progress_tracking = False  # of the demo's own buttons
+    if gr.__version__.startswith("3."):
+        blocks.validate_queue_settings()
+    page = Page(blocks)
+    with page.client:
+        page.send("subquad_measure", "click", [], "one")
+        [answer] = page.send("subquad_measure", "then", GOOD, "one")
+    assert "recommended" in answer[0]
+
+
+def test_notes_that_json_cannot_carry(loaded, monkeypatch):
+    from lib_subquad.checkpoint import CheckpointError
+    from lib_subquad.webui import api, models
+
+    app = api.FastAPI()
+    app.add_api_route("/sdapi/v1/options", lambda: {})
+    api.mount(None, app)
+    client = TestClient(app)
+    from dataclasses import replace
+
+    found = replace(models.read(None), notes=("a tensor called \ud800",))
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "read", lambda title: found)
+        assert client.get("/subquad/v1/plan?width=64&height=64").json()["notes"] == ["a tensor called \\ud800"]
+
+    def unreadable(*_):
+        raise CheckpointError("there is no file \udcff")
+
+    monkeypatch.setattr(models, "from_shapes", unreadable)
+    response = client.get("/subquad/v1/plan")
+    assert response.status_code == 422 and response.json()["detail"] == "there is no file \\udcff"
+
+
+@pytest.mark.parametrize("value", ["null", "[1]", "{}", "NaN", "1e400", "true", "64.5", "", "9" * 4000, "9" * 5000])
+@pytest.mark.parametrize("name", ["width", "height", "batch", "checkpoint"])
+def test_a_plan_asked_for_over_http(loaded, name, value):
+    from lib_subquad.webui import api
+
+    app = api.FastAPI()
+    app.add_api_route("/sdapi/v1/options", lambda: {})
+    api.mount(None, app)
+    response = TestClient(app).get("/subquad/v1/plan", params={"width": 64, "height": 64, name: value})
+    assert response.status_code == (200 if (name, value) == ("checkpoint", "") else 422)
+    with contextlib.suppress(KeyError):
+        assert response.json()["detail"]
