@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib_subquad.settings import OPTIONS
-from tests.attention_tab import AttentionTab
+from tests.attention_tab import AttentionTab, wait_for
 from tests.webui.pages import apply_settings, open_page, open_section, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
@@ -57,6 +57,7 @@ def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
         assert "Subquad query chunk: 96" in infotext and "Subquad engine" not in infotext
         page.locator("#setting_subquad_engine label", has_text="portable").first.click()
         apply_settings(page)
+        wait_for(page, "#settings_result", "subquad_engine")  # what the last one said is there already
         assert saved()["subquad_engine"] == "portable"
         assert "Subquad engine: portable" in server.generate()[1]
         page.close()
