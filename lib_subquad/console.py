@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 
 
-def say(text: str, stream=None) -> None:
+def say(text: str, stream=None, end: str = "\n") -> None:
     """Print a line, by default on stdout; characters that it cannot show are escaped."""
     stream = sys.stdout if stream is None else stream
-    _tell(lambda line: print(line, file=stream, flush=True), text, stream)
+    _tell(lambda line: print(line, end=end, file=stream, flush=True), text, stream)
 
 
 def warn(text: str) -> None:

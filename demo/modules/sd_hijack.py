@@ -7,6 +7,8 @@ import ldm.modules.diffusionmodules.model
 from modules import errors, script_callbacks, sd_hijack_optimizations, shared
 from modules.hypernetworks import hypernetwork
 
+from lib_subquad.console import say
+
 # where xformers is installed ldm would build its own block, which no entry could replace
 ldm.modules.attention.BasicTransformerBlock.ATTENTION_MODES["softmax-xformers"] = ldm.modules.attention.CrossAttention
 ldm.modules.diffusionmodules.model.MemoryEfficientAttnBlock = ldm.modules.diffusionmodules.model.AttnBlock
@@ -33,11 +35,11 @@ def apply_optimizations(option: str | None = None) -> str:
         current_optimizer = None
     chosen = _choose(option or shared.opts.cross_attention_optimization)
     if chosen is None:
-        print("Disabling attention optimization")
+        say("Disabling attention optimization")
         return ""
-    print(f"Applying attention optimization: {chosen.name}... ", end="")
+    say(f"Applying attention optimization: {chosen.name}... ", end="")
     chosen.apply()
-    print("done.")
+    say("done.")
     current_optimizer = chosen
     return chosen.name
 

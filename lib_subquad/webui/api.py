@@ -48,6 +48,8 @@ class StatusResponse(BaseModel):
     query_chunk: Optional[int] = None  # noqa: UP045
     kv_chunk: Optional[int] = None  # noqa: UP045
     workspace_bytes: Optional[int] = Field(None, description="the largest of any call")  # noqa: UP045
+    layers: int = Field(0, description="cross-attention layers of the model that made the last image")
+    out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")
 
 
 def mount(_page, app: FastAPI) -> None:
@@ -88,7 +90,13 @@ def status_route() -> StatusResponse:
         names = ("engine", "query_chunk", "kv_chunk", "workspace_bytes")
         fields = {name: getattr(seen.largest, name) for name in names}
     return StatusResponse(
-        active=ENTRY.active, summary=status.summary(), calls=seen.calls, retries=seen.retries, **fields
+        active=ENTRY.active,
+        summary=sendable(status.summary()),
+        calls=seen.calls,
+        retries=seen.retries,
+        layers=seen.layers,
+        out_of_reach={sendable(owner): count for owner, count in seen.out_of_reach.items()},
+        **fields,
     )
 
 

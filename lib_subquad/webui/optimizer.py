@@ -10,6 +10,7 @@ from modules import sd_hijack, sd_hijack_optimizations, shared
 from modules.hypernetworks import hypernetwork
 
 from .. import layers
+from ..console import say
 from . import options, pins, status
 from .hijack import Hook
 
@@ -88,7 +89,7 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
         return True
 
     def apply(self) -> None:
-        print("by subquad, ", end="")  # after the web UI's "Applying attention optimization: sub-quadratic... "
+        say("by subquad, ", end="")  # after the web UI's "Applying attention optimization: sub-quadratic... "
         self._find_layers()
         self.take_back_pins()
         for hook in self._hooks:

@@ -52,6 +52,7 @@ def test_status_before_and_after_an_image(app, loaded):
     generate(prompt="a cat", seed=1, width=64, height=64, steps=1)
     after = client.get("/subquad/v1/status").json()
     assert after["calls"] > 0 and after["engine"] == "fused" and after["workspace_bytes"] > 0
+    assert after["layers"] == 20 and after["out_of_reach"] == {} and "out of reach" not in after["summary"]
     loaded.select("sdp")
     assert not client.get("/subquad/v1/status").json()["active"]
 

@@ -218,7 +218,7 @@ def test_it_starts_on_a_console_that_cannot_show_the_value(host, monkeypatch):
     monkeypatch.setattr(sys, "stdout", console)
     shared.opts.data.update(subquad_engine="自動", subquad_query_chunk="自動")
     host.load_extension()
-    assert "subquad" in [entry.name for entry in sd_hijack.optimizers]
+    assert "subquad - fast attention within a memory limit" in [entry.title() for entry in sd_hijack.optimizers]
     from lib_subquad.webui import options
 
     shared.opts.data["subquad_vae"] = "自動"  # as one request's override sets it
