@@ -15,7 +15,7 @@ from .engines.portable import rows_of
 from .plan import ENGINES, Plan
 from .problem import Problem, mask_with_four_dimensions, new_output, with_four_dimensions
 from .retry import Chunks, plan_for
-from .settings import Settings
+from .settings import Settings, check_settings
 
 
 def attention(
@@ -44,9 +44,11 @@ def attention(
         [..., queries, value width] in value's dtype, differentiable in query, key, value and a floating-point mask.
 
     Raises:
-        ValueError: input that makes no attention; the message names the argument, its shape and what was expected.
+        ValueError: input that makes no attention, settings that are no `Settings`; the message names the argument, its
+            shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
+    check_settings(settings)
     problem = Problem.of(query, key, value, mask, upcast=settings.upcast == "always")
     leading, scale = query.shape[:-2], problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))

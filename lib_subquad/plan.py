@@ -8,8 +8,8 @@ import torch
 
 from . import device as devices
 from .engines import Sizes, fused, portable
-from .problem import Problem, item_bytes
-from .settings import Settings
+from .problem import Problem, as_count, checked_shape, item_bytes
+from .settings import Settings, check_settings, shown
 
 ENGINES = {engine.NAME: engine for engine in (fused, portable)}  # in order of preference
 
@@ -78,9 +78,15 @@ def plan(
         more: `value_dtype`, `mask_shape`, `mask_dtype`, `grad`, `mask_grad`, as `Problem.from_shapes` takes them.
 
     Raises:
-        ValueError: shapes or dtypes that make no attention.
+        ValueError: shapes or dtypes that make no attention, a count that is none, settings that are no `Settings`.
     """
-    problem = Problem.from_shapes(query_shape, key_shape, value_shape, dtype, device, **more)
+    check_settings(settings)
+    if free_bytes is not None and as_count(free_bytes) is None:
+        raise ValueError(f"free_bytes is {shown(free_bytes)}; expected a whole number of at least 0")
+    named = (("query", query_shape), ("key", key_shape), ("value", value_shape))
+    if more.get("mask_shape") is not None:
+        more["mask_shape"] = checked_shape("mask", more["mask_shape"])
+    problem = Problem.from_shapes(*(checked_shape(name, shape) for name, shape in named), dtype, device, **more)
     return plan_problem(problem, settings, free_bytes)
 
 

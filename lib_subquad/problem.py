@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .settings import shown
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
@@ -146,6 +150,31 @@ def new_output(query: Tensor, value: Tensor) -> Tensor:
     if query.stride(2) > query.stride(1):
         return value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     return value.new_empty(batch, heads, queries, value.shape[-1])
+
+
+def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape that did not come from a tensor, its sizes of whatever integer type.
+
+    Raises:
+        ValueError: a size that is no count; the message names the argument.
+    """
+    try:
+        sizes = tuple(shape)
+    except TypeError:
+        raise ValueError(f"{name} has shape {shown(shape)}; expected [..., tokens, width]") from None
+    counts = tuple(map(as_count, sizes))
+    if None in counts:
+        raise ValueError(f"{name} has shape {shown(list(sizes))}; expected whole numbers of at least 0")
+    return counts
+
+
+def as_count(value: Any) -> int | None:
+    """A whole number of at least 0, of whatever integer type; None where it is none."""
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+    return count if count >= 0 else None
 
 
 def _leading(shape: tuple[int, ...]) -> tuple[int, int]:

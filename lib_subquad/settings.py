@@ -175,6 +175,17 @@ class Settings:
         return cls(**legal), changed
 
 
+def check_settings(settings: Any) -> None:
+    """Say it in words where something else was given for settings.
+
+    Raises:
+        ValueError: they are no `Settings`.
+    """
+    if not isinstance(settings, Settings):
+        how = "; Settings(**settings) makes one of a dictionary" if isinstance(settings, Mapping) else ""
+        raise ValueError(f"settings is {shown(settings)}; expected a Settings such as Settings(query_chunk=512){how}")
+
+
 def _same(value: Any, legal: Any) -> bool:
     """Whether nothing was changed but a number's type: gradio and JSON give 512.0 for 512."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and not isinstance(legal, str)
@@ -184,10 +195,10 @@ def _same(value: Any, legal: Any) -> bool:
         return False
 
 
-def shown(value: Any) -> str:
-    """`repr(value)`, short, whatever the value."""
+def shown(value: Any, longest: int = 60) -> str:
+    """`repr(value)`, cut to `longest` characters, whatever the value."""
     try:
         text = repr(value)
     except Exception:
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lib_subquad import attention, plan
+from lib_subquad import Settings, attention, plan
 from lib_subquad.problem import Problem, mask_with_four_dimensions
 
 QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
@@ -81,6 +81,45 @@ def test_plan_refuses_shapes_in_the_same_words(message, arguments):
     with pytest.raises(ValueError) as refused:
         plan(*(arguments[name].shape for name in ("query", "key", "value")), torch.float32, "cpu", **more)
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("size", [-1, 2.5, 4.0, True, "4", None, float("nan")])
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask"])
+def test_plan_refuses_what_is_no_count(name, size):
+    shapes = {"query": QUERY, "key": KEY, "value": VALUE, "mask": (5, 7)}
+    shapes[name] = (*shapes[name][:-2], size, shapes[name][-1])
+    mask = {"mask_shape": shapes.pop("mask"), "mask_dtype": torch.bool}
+    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\]; expected whole numbers of at least 0$"):
+        plan(*shapes.values(), torch.float32, "cpu", **mask)
+
+
+@pytest.mark.parametrize("shape", [5, None])
+def test_plan_refuses_what_is_no_shape(shape):
+    with pytest.raises(ValueError, match=rf"^key has shape {shape}; expected \[\.\.\., tokens, width\]$"):
+        plan(QUERY, shape, VALUE, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("free", [-1, 2.5, True, "many", float("inf")])
+def test_plan_refuses_free_bytes_that_are_no_count(free):
+    with pytest.raises(ValueError, match="^free_bytes is .*; expected a whole number of at least 0$"):
+        plan(QUERY, KEY, VALUE, torch.float32, "cpu", free_bytes=free)
+
+
+def test_plan_takes_whole_numbers_of_any_type():
+    numpy = pytest.importorskip("numpy")
+    made = plan(numpy.array(QUERY), torch.Size(KEY), list(VALUE), torch.float32, "cpu", free_bytes=numpy.int64(1 << 40))
+    assert made == plan(QUERY, KEY, VALUE, torch.float32, "cpu", free_bytes=1 << 40)
+
+
+@pytest.mark.parametrize("settings", [{}, {"query_chunk": 64}, None, "portable", 512, Settings])
+def test_what_are_no_settings_is_said(settings):
+    for ask in (
+        lambda: attention(**tensors(), settings=settings),
+        lambda: plan(QUERY, KEY, VALUE, torch.float32, "cpu", settings),
+    ):
+        with pytest.raises(ValueError, match="^settings is .*; expected a Settings such as") as refused:
+            ask()
+        assert ("makes one of a dictionary" in str(refused.value)) == isinstance(settings, dict)
 
 
 def test_a_mask_without_a_dtype_is_refused():
