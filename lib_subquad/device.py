@@ -6,7 +6,9 @@ Every rule that depends on the device stands here, with its source; the rest of 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import struct
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -162,7 +164,20 @@ def _free_host() -> int:
         import psutil  # the web UI has it; the library must not need it
 
         return psutil.virtual_memory().available
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (free := _free_windows()) is not None:
+        return free
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS no such name
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return UNKNOWN_FREE_BYTES
+
+
+def _free_windows() -> int | None:
+    """The physical memory that is available, second of the seven counts of MEMORYSTATUSEX; None where nothing tells."""
+    if not hasattr(ctypes, "windll"):
+        return None
+    status = struct.Struct("=II7Q")
+    buffer = ctypes.create_string_buffer(status.pack(status.size, *[0] * 8), status.size)
+    return status.unpack(buffer.raw)[3] if ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer) else None
 
 
 def _free_container() -> float:

@@ -345,9 +345,9 @@ def processor_seconds() -> tuple[float, float, float] | None:
     try:
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
-    except (OSError, ValueError):
+        seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
+    except (OSError, ValueError, AttributeError):  # only Linux has the file, and Windows has no sysconf
         return None
-    seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
     own = os.times()
     return sum(seconds), sum(seconds) - seconds[3] - seconds[4], own.user + own.system  # idle, and waiting for disks
 
