@@ -37,6 +37,7 @@ Shape = tuple[int, int, int, int]
 PROMPT_TOKENS = 77  # CLIP reads a prompt in pieces of 75 tokens between a start and an end token
 HEADER_LIMIT = 16 * 2**20  # bytes; SDXL's header has 0.3 MiB, metadata such as a preview picture may add a few
 YAML_LIMIT = 64 * 2**10  # bytes; the longest that comes with the web UI has 6 KiB
+LONGEST_NAME = 200  # characters; the longest of a real tensor has about 130
 
 
 class CheckpointError(ValueError):
@@ -163,7 +164,7 @@ def read_attention_layers(path: str | os.PathLike[str], heads: int | None = None
             rule, notes = _heads_from_yaml(path.with_suffix(".yaml"))
         checkpoint = _describe(shapes, rule)
     except CheckpointError as error:
-        raise CheckpointError(f"{shown(path.name)}: {error}") from error
+        raise CheckpointError(f"{_named(path.name)}: {error}") from error
     return replace(checkpoint, notes=checkpoint.notes + notes)
 
 
@@ -245,22 +246,77 @@ _FAMILIES = (
 # What a U-Net takes beside the 4 channels of the latent it works on: (channels in all) -> what that makes it.
 _VARIANTS = {4: "", 5: "depth-guided", 8: "instruct-pix2pix", 9: "inpainting"}
 
-# Models that hold no layer this extension could serve, by a name that only they use.
+# Files without a U-Net that this extension could serve, by a name that only they use. The first that fits is taken, so
+# a face adapter's or motion module's own names come before the general ones that it holds as well. Names as they are
+# in files of AnimateDiff, ComfyUI, diffusers, kohya's scripts, LyCORIS, PEFT, sd-webui-controlnet and spandrel.
+_WITH = "choose the checkpoint it works with"
+_STEERS = f"it steers what a checkpoint draws; {_WITH}"
+_FACE = f"it shows a checkpoint a face to draw; {_WITH}"
+_ELSEWHERE = "it uses none of the classes that this extension serves"
+_VIDEO = r"\.(?:time_stack|temopral_conv)\."  # the latter as ModelScope spells it
 _NOT_SERVED = (
-    ("Stable Diffusion 3", r"(?:^|\.)joint_blocks\.", "it uses none of the classes that this extension serves"),
-    ("Flux", r"(?:^|\.)double_blocks\.", "it uses none of the classes that this extension serves"),
-    ("video model", r"\.time_stack\.", "it attends across frames as well, which this extension does not know"),
-    ("LoRA", r"^(?:lora|lycoris)_|\.lora[_.](?:up|down|A|B)\.", "it changes a checkpoint's layers and adds none"),
-    ("ControlNet", r"(?:^|\.)(?:input_hint_block|controlnet_cond_embedding)\.", "choose the checkpoint it works with"),
+    ("ControlNet",
+     r"^(?:control_model|control_layers|control_all_x_embedder)\.|^lllite_|^lora_controlnet$|(?:^|\.)(?:input_hint_block|"
+     r"zero_convs|control_add_embedding|controlnet_(?:cond_embedding|x_embedder|(?:down_|single_)?blocks|mid_block))\.",
+     _STEERS),
+    ("PhotoMaker", r"^id_encoder\.", _FACE),
+    ("PuLID", r"^(?:pulid_(?:ca|encoder)|id_adapter(?:_attn_layers)?)\.", _FACE),
+    ("IP-Adapter or InstantID",
+     r"^(?:image_proj|ip_adapter|ip_adapter_proj_model)\.|\.(?:to_[kv]_ip|ip_adapter_double_stream_[kv]_proj)\.",
+     f"it shows a checkpoint a picture beside the prompt; {_WITH}"),
+    ("T2I-Adapter",
+     r"^(?:adapter\.)?body\.[0-9]{1,3}\.(?:block[12]|resnets|in_conv)\.|^style_embedding$|^transformer_layes\.",
+     _STEERS),
+    ("GLIGEN", r"^position_net\.|\.fuser\.", f"it tells a checkpoint where to draw what; {_WITH}"),
+    ("motion module", r"(?:^|\.)(?:motion_modules|temporal_transformer|temporal_attentions)\.",
+     f"it makes a checkpoint's images move; {_WITH}"),
+    ("textual inversion embedding", r"^(?:emb_params|clip_[lg]|string_to_param(?:\..{1,9})?|<[^<>]{1,99}>)$",
+     f"it adds a word to the prompt; {_WITH}"),
+    ("upscaler",
+     r"^(?:(?:module|model|model_g|generator|params|params_ema)\.)?(?:conv_first|RRDB_trunk)\.|"
+     r"^model\.[0-9]{1,3}\.sub\.[0-9]{1,3}\.|^(?:params\.|params_ema\.)?body\.[0-9]{1,3}\.(?:rdb[123]\.|weight$)",
+     "it enlarges images that are finished; choose a checkpoint"),
+    ("TAESD",
+     r"^tae(?:sd|f)[a-z0-9]{0,3}_(?:en|de)coder\.|^(?:(?:en|de)coder\.(?:layers\.)?)?[0-9]{1,2}\.conv\.[024]\.",
+     f"it is a small VAE for previews, without attention; {_WITH}"),
+    ("Stable Diffusion 3", r"(?:^|\.)joint_blocks\.", _ELSEWHERE),
+    ("Flux", r"(?:^|\.)double_blocks\.", _ELSEWHERE),
+    ("Stable Cascade", r"(?:^|\.)clip_txt_mapper\.|\.channelwise\.", _ELSEWHERE),
+    ("video model", _VIDEO, "it attends across frames as well, which this extension does not know"),
+    ("VAE, diffusers layout", r"^(?:vae\.)?(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block)\.",
+     "not supported; the web UI loads VAEs in the original layout, with names such as decoder.mid.attn_1"),
     ("diffusers layout", r"(?:^|\.)(?:down_blocks|up_blocks|mid_block)\.", "not supported; the web UI loads files in "
      "the original layout, with names such as model.diffusion_model.input_blocks"),
+    ("text encoder",
+     r"^(?:model\.|clip_[lgh]\.|text_encoder(?:_[23])?\.)?(?:text_model\.|transformer\.(?:text_model|resblocks)\.|"
+     r"encoder\.block\.[0-9]{1,3}\.layer\.)",
+     f"it reads the prompt; {_WITH}"),
+    ("image encoder", r"^(?:vision_model|visual)\.", f"it looks at pictures for an adapter; {_WITH}"),
+)  # fmt: skip
+
+# What a LoRA and its kin (LyCORIS, DoRA, OFT, (IA)3) call their tensors, whoever saved them. Some checkpoints keep a
+# few of a LoRA that was merged into them: so the other names are looked at first.
+_LORA_NAME = re.compile(
+    r"^(?:lora|lycoris)_(?!controlnet$)|^bundle_emb\.|^(?:unet|text_encoder):[0-9]{1,4}:(?:up|down)$|"
+    r"\.lora[._](?:up|down|mid|linear_layer|magnitude_vector|embedding_[AB]|[AB])(?:\.|$)|_lora[0-9]?\.(?:up|down)\.|"
+    r"\.(?:hada_[wt][12]|lokr_[wt][12]|oft_(?:blocks|diag|[rR])|boft_[RS]|vera_lambda_[bd]|ia3_l|on_input|dora_scale|"
+    r"[wb]_norm|diff|diff_b|set_weight)(?:_[ab])?(?:\.|$)"
+)
+_LORA = (
+    ("motion LoRA", r"(?:^|\.)(?:motion_modules|temporal_transformer|temporal_attentions)\.",
+     f"it changes a motion module's layers and adds none; {_WITH}"),
+    ("LoRA", r"", f"it changes a checkpoint's layers and adds none; {_WITH}"),
 )  # fmt: skip
 
 
 def _describe(shapes: Mapping[str, Sequence[int]], heads: _Heads | None) -> Checkpoint:
     """`from_shapes` with the heads in either form; None follows the family's convention."""
     shapes = {str(name): tuple(shape) for name, shape in shapes.items()}
-    unet = _unet_prefix(shapes)
+    unets = _unet_prefixes(shapes)
+    unet = next((prefix for prefix in _UNET_PREFIXES if prefix in unets), None)
+    if unets and unet is None:
+        where = f"its U-Net's names start with {_named(unets[0])}, where the web UI expects {_UNET_PREFIXES[0]!r}"
+        return Checkpoint("unknown", (), (f"Not recognised: {where}.",))
     not_served = None if unet is not None else _not_served(shapes)
     if not_served is not None:
         return not_served
@@ -277,36 +333,51 @@ def _describe(shapes: Mapping[str, Sequence[int]], heads: _Heads | None) -> Chec
     return Checkpoint(family, unet_layers + vae_layers, unet_notes + notes)
 
 
-def _unet_prefix(shapes: Mapping[str, tuple]) -> str | None:
-    """What comes before "input_blocks" in the names of the U-Net, or None where there is no U-Net.
+_UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+
+
+def _unet_prefixes(shapes: Mapping[str, tuple]) -> list[str]:
+    """What comes before "input_blocks" in the names of each U-Net.
 
     A ControlNet is half a U-Net, so the way up must be there too; a video model is a U-Net and more.
     """
-    if any(".time_stack." in name for name in shapes):
-        return None
-    for prefix in ("model.diffusion_model.", "diffusion_model.", ""):
-        if f"{prefix}input_blocks.0.0.weight" in shapes and any(
-            name.startswith(f"{prefix}output_blocks.") for name in shapes
-        ):
-            return prefix
-    return None
+    if any(map(re.compile(_VIDEO).search, shapes)):
+        return []
+    up = "output_blocks."
+    prefixes = dict.fromkeys(name[: name.index(up)] for name in shapes if up in name)
+    return [prefix for prefix in prefixes if f"{prefix}input_blocks.0.0.weight" in shapes]
 
 
 def _not_served(shapes: Mapping[str, tuple]) -> Checkpoint | None:
-    for family, pattern, why in _NOT_SERVED:
-        name = next(filter(re.compile(pattern).search, shapes), None)
-        if name is not None:
-            return Checkpoint(family, (), (f"{family} (names such as {shown(name)}): {why}.",))
+    lora = [name for name in shapes if _LORA_NAME.search(name)]
+    added = set(lora)
+    others = [name for name in shapes if name not in added and not name.endswith(".alpha")]  # a LoRA's strength
+    for names, kinds in ((others, _NOT_SERVED), (lora, _LORA)):
+        for family, pattern, why in kinds:
+            name = next(filter(re.compile(pattern).search, names), None)
+            if name is not None:
+                return Checkpoint(family, (), (f"{family} (names such as {_named(name)}): {why}.",))
     return None
 
 
 def _prefixes(shapes: Mapping[str, tuple], most: int = 8) -> str:
-    """The first part of every name with how often it occurs, in words."""
-    counts = Counter(name.split(".", 1)[0] for name in shapes)
-    listed = [f"{shown(prefix)} ({count})" for prefix, count in counts.most_common(most)]
+    """What comes before the first number or the last part of every name, with how often it occurs, in words."""
+
+    def prefix(name: str) -> str:
+        parts = name.split(".")
+        numbered = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        return ".".join(parts[: max(numbered, 1)])
+
+    counts = Counter(map(prefix, shapes))
+    listed = [f"{_named(prefix)} ({count})" for prefix, count in counts.most_common(most)]
     if len(counts) > most:
         listed.append(f"{len(counts) - most} others")
     return ", ".join(listed) or "nothing: it holds no tensors"
+
+
+def _named(name: str) -> str:
+    """A tensor's, type's or file's name, whole: the part that matters is often its last."""
+    return shown(name, LONGEST_NAME)
 
 
 # ------------------------------------------------------------------------------------------------------ the U-Net
@@ -349,7 +420,7 @@ def _unet_layers(
     known = {f"{attention.name}.to_q.weight" for attention in found}
     others = [match.string for match in _matches(_ANY_ATTENTION, shapes, prefix) if match.string not in known]
     if others:
-        notes.append(f"Left out, as attention of a kind not known here: {len(others)}, such as {shown(others[0])}.")
+        notes.append(f"Left out, as attention of a kind not known here: {len(others)}, such as {_named(others[0])}.")
 
     downsampling = _unet_downsampling(shapes, prefix)
     layers = []
@@ -413,7 +484,7 @@ def _family(
     else:
         name = "like Stable Diffusion 2.x or SDXL" if linear else "like Stable Diffusion 1.x"
         rule = heads or replace(_WIDE_64 if linear else _EIGHT_HEADS, source="a guess from the layout")
-        notes = [f"No family known here has prompt tokens of {context_width} channels and a first block of {channels}."]
+        notes = ["It is none of the models known here; its layers are read from the file all the same."]
     if len(contexts) > 1:
         notes.append(f"Layers look at prompts of different widths: {', '.join(map(str, sorted(contexts)))}.")
     return name, rule, [f"Heads: {rule}.", *notes]
@@ -518,7 +589,7 @@ def _heads_from_yaml(path: Path) -> tuple[_Heads | None, tuple[str, ...]]:
     """
     if not os.path.isfile(path):
         return None, ()
-    ignored = f"{shown(path.name)} beside the file was not used: "
+    ignored = f"{_named(path.name)} beside the file was not used: "
     try:
         import yaml
     except ImportError:
@@ -545,7 +616,7 @@ def _heads_from_yaml(path: Path) -> tuple[_Heads | None, tuple[str, ...]]:
                 return int(node.value)
         return None
 
-    source = f"from {shown(path.name)} beside the file"
+    source = f"from {_named(path.name)} beside the file"
     if width := number("num_head_channels"):  # wins over num_heads, as in UNetModel; -1 stands for "not given"
         return _Heads(width=width, source=source), ()
     if count := number("num_heads"):
@@ -579,6 +650,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with the square of the number of tensors, 0.5 s for SDXL's 2,515, and at that rate hours for a hostile header.
     """
     try:
+        import safetensors
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise CheckpointError("reading a checkpoint needs the Python package safetensors") from error
@@ -595,7 +667,10 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except FileNotFoundError as error:
         raise CheckpointError("there is no such file") from error
     except SafetensorError as error:
-        raise CheckpointError(f"the safetensors package refuses it: {shown(str(error))}") from error
+        why = _named(str(error))
+        if unknown := _unknown_type(header):
+            why = f"{unknown}, which safetensors {safetensors.__version__} does not know; a newer one may"
+        raise CheckpointError(f"the safetensors package refuses it: {why}") from error
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path that no file system can have
@@ -630,7 +705,7 @@ def _parse_header(raw: bytes) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"its header names {shown(name)} more than once")
+            raise CheckpointError(f"its header names {_named(name)} more than once")
         return table
 
     def whole(digits: str) -> int:
@@ -660,20 +735,20 @@ def _check_tensors(header: Mapping[str, Any], data_size: int) -> None:
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise CheckpointError(f"its header has no dtype, shape and data_offsets for {shown(name)}")
+            raise CheckpointError(f"its header has no dtype, shape and data_offsets for {_named(name)}")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not _whole_numbers(shape) or len(shape) > 16:
-            raise CheckpointError(f"{shown(name)} has the impossible shape {shown(shape)}")
+            raise CheckpointError(f"{_named(name)} has the impossible shape {shown(shape)}")
         if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise CheckpointError(f"{shown(name)} has the impossible place {shown(offsets)}")
+            raise CheckpointError(f"{_named(name)} has the impossible place {shown(offsets)}")
         begin, end = offsets
         if end > data_size:
-            raise CheckpointError(f"{shown(name)} ends at byte {end} of {data_size}: the file is cut short or lies")
+            raise CheckpointError(f"{_named(name)} ends at byte {end} of {data_size}: the file is cut short or lies")
         each = _BYTES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         # A type newer than this table is left to the package.
         if each is not None and math.prod(shape) * each != end - begin:
             raise CheckpointError(
-                f"{shown(name)} has the shape {shown(shape)} of {entry['dtype']}, but {end - begin} bytes"
+                f"{_named(name)} has the shape {shown(shape)} of {entry['dtype']}, but {end - begin} bytes"
             )
         places.append((begin, end, name))
 
@@ -681,10 +756,19 @@ def _check_tensors(header: Mapping[str, Any], data_size: int) -> None:
     for begin, end, name in sorted(places):
         if begin != covered:
             wrong = "overlaps the tensor before it" if begin < covered else f"follows a gap of {begin - covered} bytes"
-            raise CheckpointError(f"{shown(name)} {wrong}")
+            raise CheckpointError(f"{_named(name)} {wrong}")
         covered = end
     if covered != data_size:
         raise CheckpointError(f"{data_size - covered} bytes at its end belong to no tensor")
+
+
+def _unknown_type(header: Mapping[str, Any]) -> str:
+    """The first tensor whose type is none of `_BYTES`, in words; empty where there is none."""
+    for name, entry in header.items():
+        dtype = None if name == "__metadata__" else entry["dtype"]
+        if isinstance(dtype, str) and dtype not in _BYTES:
+            return f"{_named(name)} is of the type {_named(dtype)}"
+    return ""
 
 
 def _whole_numbers(value: Any) -> bool:
