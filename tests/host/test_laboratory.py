@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+
+from lib_subquad import Settings
 
 LOADED = "the loaded checkpoint"
 QUESTION = (LOADED, 64, 64, 1)
@@ -132,13 +136,16 @@ def test_it_says_who_is_busy(laboratory, lock):
 def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
     """Automatic is in force where it stands, and recommended: there is nothing to set."""
     loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="xformers")
-    _, measurement = finished(laboratory.measure(*QUESTION))
-    assert measurement.exploration.recommended().settings.engine == "automatic"
+    measurement, _ = laboratory.request(None)
+    measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings()))
     message, moved = laboratory.apply(measurement)
     assert "subquad_query_chunk" in moved and "subquad_engine" not in moved and "Engine" not in message
     assert loaded.opts.subquad_engine == "xformers"
     laboratory.undo()
     assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "xformers")
+    measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings(engine="portable")))
+    assert "Engine: xformers → portable" in laboratory.apply(measurement)[0]
+    assert laboratory.undo()[1]["subquad_engine"] == "xformers"
 
 
 def test_apply_and_undo(laboratory, loaded):
