@@ -22,10 +22,11 @@ def warn(text: str) -> None:
 
 
 def _tell(tell: Callable[[str], None], text: str, stream) -> None:
-    # The stream's own encoding is a guess where a launcher has put a wrapper in place of it: then ASCII. Where that
-    # fails too there is no console: it is closed, or a pipe that nobody reads.
+    # The stream's own encoding is a guess where a launcher has put a wrapper in place of it: then ASCII.
     for encoding in (getattr(stream, "encoding", None) or "utf-8", "ascii"):
         try:
             return tell(text.encode(encoding, "backslashreplace").decode(encoding))
-        except Exception:  # whatever a stream of somebody else's may raise
+        except (UnicodeError, LookupError):
             continue
+        except Exception:  # no console: it is closed, or a pipe that nobody reads, or somebody's half a stream
+            return

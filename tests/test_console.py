@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,13 @@ def test_a_wrapper_that_is_wrong_about_its_encoding(monkeypatch):
     monkeypatch.setattr(sys, "stdout", wrapper)
     console.say("größer 自動")
     assert wrapper.inner.shown == "gr\\xf6\\xdfer \\u81ea\\u52d5\n"
+
+
+def test_a_wrapper_that_is_no_whole_stream_gets_it_once(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, encoding="no such encoding"))
+    console.say("自動")
+    assert "".join(written) == "\\u81ea\\u52d5\n"
 
 
 @pytest.mark.parametrize("stream", [None, closed(), Broken(), object()], ids=["none", "closed", "pipe", "no stream"])
