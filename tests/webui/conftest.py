@@ -2,7 +2,8 @@
 
 SD_WEBUI_DIR       its folder; without it these tests are skipped
 SD_WEBUI_PYTHON    the Python that runs it (default: that of its own venv)
-SD_WEBUI_CKPT_DIR  a folder with a small checkpoint (default: the tiny one in ../shared/checkpoints)
+SD_WEBUI_CKPT_DIR  a folder with a small checkpoint of SD 1, of SDXL or of both (default: the tiny ones of
+                   ../shared/checkpoints); a test that needs another is skipped
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "checkpoints"
 TITLE = "subquad - fast attention within a memory limit"
+SDP = "sdp - scaled dot product"
 FLAGS = (
     "--skip-prepare-environment --skip-python-version-check --skip-torch-cuda-test --skip-version-check "
     "--use-cpu all --no-half --precision full --no-download-sd-model --do-not-download-clip --api"
@@ -51,13 +57,37 @@ from modules import ui_extensions
 print(ui_extensions.install_extension_from_url(None, url)[1])
 """
 WAIT = 300  # seconds
+KINDS = ("SD 1", "SDXL")
+# An SDXL model has no other preview at hand, and would ask for a download.
+SETTINGS = {"show_progress_type": "Approx cheap"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint; `layers` is how many layers of its U-Net attend."""
+
+    path: Path
+    kind: str
+    layers: int
+
+    @classmethod
+    def of(cls, path: Path) -> Model:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        kind = "SDXL" if any(name.startswith("conditioner.embedders.1.") for name in names) else "SD 1"
+        layers = sum(name.startswith("model.diffusion_model.") and name.endswith(".to_q.weight") for name in names)
+        return cls(path, kind, layers)
+
+    def calls(self, steps: int = 3) -> int:
+        """Of an image: each layer's once a step, and the VAE's when it decodes."""
+        return self.layers * steps + 1
 
 
 class WebUI:
     """One installation, and at most one server of it at a time."""
 
     def __init__(self, folder: Path, python: Path, data: Path, checkpoints: Path):
-        self.folder, self.python, self.data = folder, python, data
+        self.folder, self.python, self.data, self.checkpoints = folder, python, data, checkpoints
         self.flags = [*FLAGS, "--data-dir", str(data), "--ckpt-dir", str(checkpoints)]
         self.environment = {**os.environ, **ENVIRONMENT}
 
@@ -67,8 +97,16 @@ class WebUI:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def model(self, kind: str) -> Model:
+        """The first checkpoint of this kind; a test that asks for one that is not there is skipped."""
+        models = map(Model.of, sorted(self.checkpoints.glob("*.safetensors")))
+        found = next((model for model in models if model.kind == kind), None)
+        return found or pytest.skip(f"no checkpoint of {kind} in SD_WEBUI_CKPT_DIR or ../shared/checkpoints")
+
     @contextlib.contextmanager
-    def running(self, *flags: str):
+    def running(self, *flags: str, **saved):
+        """A server that finds these settings saved; all others are at their defaults."""
+        (self.data / "config.json").write_text(json.dumps({**SETTINGS, **saved}))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -125,6 +163,9 @@ class Server:
     def select(self, title: str) -> None:
         self.options(cross_attention_optimization=title)
 
+    def load(self, model: Model) -> None:
+        self.options(sd_model_checkpoint=model.path.name)
+
     def status(self) -> dict:
         return self.call("/subquad/v1/status")
 
@@ -135,9 +176,9 @@ class Server:
         image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
         return np.asarray(image.convert("RGB"), dtype=int), json.loads(answer["info"])["infotexts"][0]
 
-    def generate_plain(self, path: str = "/sdapi/v1/txt2img", **request) -> np.ndarray:
-        """The pixels without any attention optimization; ours is in force again afterwards."""
-        self.select("None")
+    def generate_with_sdp(self, path: str = "/sdapi/v1/txt2img", **request) -> np.ndarray:
+        """The pixels that *sdp* leads to; ours is in force again afterwards."""
+        self.select(SDP)
         image, _ = self.generate(path, **request)
         self.select(TITLE)
         return image
@@ -170,14 +211,29 @@ def server(webui):
         assert "Traceback" not in running.log
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, webui, server) -> Model:
+    """One checkpoint after the other, loaded."""
+    model = webui.model(request.param)
+    server.load(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(webui) -> list[Model]:
+    """All checkpoints, for tests that load one after the other."""
+    return [webui.model(kind) for kind in KINDS]
+
+
 @pytest.fixture(autouse=True)
 def defaults(request):
-    """Settings that a test changes are back at their defaults for the next."""
+    """What a test changes of the settings is as before for the next."""
     if "server" in request.fixturenames:
         server = request.getfixturevalue("server")
-        before = {key: value for key, value in server.options().items() if key.startswith("subquad_")}
+        before = server.options()
         yield
-        server.options(**before, cross_attention_optimization=TITLE)
+        changed = server.options()
+        server.options(**{key: value for key, value in before.items() if changed[key] != value})
     else:
         yield
 
@@ -202,10 +258,10 @@ def _checkpoints(folder: Path) -> Path:
     given = os.environ.get("SD_WEBUI_CKPT_DIR")
     if given:
         return Path(given)
-    tiny = ROOT.parent / "shared" / "checkpoints" / "tiny-sd1"
-    if not tiny.is_dir():
-        pytest.skip("neither SD_WEBUI_CKPT_DIR nor ../shared/checkpoints/tiny-sd1 has a checkpoint")
-    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    if not SHARED.is_dir():
+        pytest.skip("SD_WEBUI_CKPT_DIR names no folder of checkpoints, and ../shared/checkpoints is not there")
+    shutil.copytree(SHARED / "tiny-sd1", folder, dirs_exist_ok=True)
     for config in folder.glob("*.yaml"):
         config.write_text(config.read_text().replace("CLIP_DIR", str(folder / "clip")))
+    subprocess.run([sys.executable, SHARED / "tiny-sdxl" / "make.py", folder], check=True)
     return folder

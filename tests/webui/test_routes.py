@@ -15,12 +15,15 @@ PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
 XYZ = "x/y/z plot"
 
 
-def test_the_plan_of_the_loaded_checkpoint(server):
+def test_the_plan_of_the_loaded_checkpoint(server, model):
     answer = server.call("/subquad/v1/plan?width=512&height=768&batch=2")
     rows = answer["rows"]
-    assert "Stable Diffusion 1" in answer["family"] and answer["largest_image"][0] > 512
+    assert {"SD 1": "Stable Diffusion 1", "SDXL": "SDXL"}[model.kind] in answer["family"]
+    assert answer["largest_image"][0] > 512
+    assert sum(row["layers"] for row in rows if row["part"] == "unet") == model.layers
     first = max(rows, key=lambda row: row["query_tokens"] * (row["part"] == "unet"))
-    assert first["query_tokens"] == 64 * 96 and first["engine"] == "fused" and first["reasons"]
+    assert first["query_tokens"] == {"SD 1": 64 * 96, "SDXL": 32 * 48}[model.kind]
+    assert first["engine"] == "fused" and first["reasons"]
     assert {row["kind"] for row in rows} == {"self", "cross"} and {row["part"] for row in rows} > {"unet"}
 
 
@@ -46,7 +49,6 @@ def test_they_are_in_its_openapi_page(server):
 
 
 def test_behind_the_same_password(webui):
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running("--nowebui", "--api-auth", "me:secret") as server:
         own = status_of(server, "/sdapi/v1/options")
         assert own == status_of(server, PATHS[0]) == status_of(server, PATHS[1]) == 401
@@ -67,7 +69,6 @@ def status_of(server, path: str, user: str | None = None) -> int:
 
 @pytest.fixture(scope="module")
 def with_a_page(webui):
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running() as running:
         running.select(TITLE)
         yield running

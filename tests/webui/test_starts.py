@@ -16,7 +16,6 @@ TITLE = "subquad - fast attention within a memory limit"
 
 def test_frozen_settings_and_the_hosts_own_flags(webui):
     """Automatic takes ours for the built-in's flag, with its chunk size for a default; nothing can be set."""
-    (webui.data / "config.json").unlink(missing_ok=True)
     flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
     with webui.running(*flags) as server:
         assert "Applying attention optimization: sub-quadratic... by subquad, done." in server.log
@@ -32,7 +31,6 @@ def test_frozen_settings_and_the_hosts_own_flags(webui):
 
 
 def test_automatic_without_flags_is_the_hosts_own_choice(webui):
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running("--nowebui") as server:
         assert not server.status()["active"]
         server.select("Automatic")
@@ -41,13 +39,11 @@ def test_automatic_without_flags_is_the_hosts_own_choice(webui):
 
 def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
     """As another version may have saved it: told, shown, not used, and left as it was until somebody changes it."""
-    config = webui.data / "config.json"
-    config.write_text(json.dumps({"subquad_engine": "xformers", "cross_attention_optimization": TITLE}))
 
     def saved():
-        return json.loads(config.read_text(encoding="utf8"))
+        return json.loads((webui.data / "config.json").read_text(encoding="utf8"))
 
-    with webui.running() as server:
+    with webui.running(subquad_engine="xformers", cross_attention_optimization=TITLE) as server:
         assert server.log.count("[subquad] setting subquad_engine is 'xformers'") == 1
         page = open_page(browser, server)
         AttentionTab(page).open().wait_for("#subquad_status", "Engine is set to 'xformers', which is not known here")
@@ -62,12 +58,34 @@ def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
         assert "Subquad engine: portable" in server.generate()[1]
         page.close()
         assert "Traceback" not in server.log
-    config.unlink()
+
+
+def test_a_checkpoint_that_cannot_be_loaded(webui, models):
+    """The web UI has taken every optimization off by then without telling any, and goes on without one."""
+    first, second = models
+    broken = webui.data / "models" / "Stable-diffusion" / "broken.safetensors"
+    with webui.running("--nowebui") as server:
+        server.select(TITLE)
+        server.load(first)
+        image, _ = server.generate()
+        broken.write_bytes(b"nothing")
+        server.call("/sdapi/v1/refresh-checkpoints", {})
+        server.options(sd_model_checkpoint=broken.name)
+        broken.unlink()
+        assert "changing setting sd_model_checkpoint to broken.safetensors" in server.log
+        assert not server.status()["active"]
+        again, _ = server.generate()
+        assert server.status()["calls"] == 0 and np.abs(again - image).max() <= 1
+        for model in (second, first):
+            server.load(model)
+            assert server.status()["active"]
+            server.generate()
+            assert server.status()["calls"] == model.calls()
+        assert "lib_subquad" not in server.log  # as the lines of a traceback would have it
 
 
 @pytest.fixture(scope="module")
 def page(webui, browser):
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running() as server:
         server.select(TITLE)  # before there is a page: what it shows is what it applies
         page = open_page(browser, server)
@@ -94,12 +112,12 @@ def test_reload_ui(page):
     """Our entry is in force as before, once, and its settings are drawn once."""
     server = page.server
     image, _ = server.generate()
-    applied = server.log.count("Applying attention optimization: subquad")
+    applied = server.log.count("by subquad, done.")
     page.click("#settings_restart_gradio")
     server.wait_for("Startup time:", times=server.log.count("Startup time:") + 1)
     again, _ = server.generate()
     assert np.abs(again - image).max() == 0
-    assert server.log.count("Applying attention optimization: subquad") == applied + 1
+    assert server.log.count("by subquad, done.") == applied + 1
     assert server.status()["active"] and server.status()["calls"] > 0
     reloaded = open_page(page.context.browser, server)
     open_section(reloaded, "Sub-quadratic attention")

@@ -18,7 +18,6 @@ WIDEST = """() => Math.max(
 
 @pytest.fixture(scope="module")
 def page(webui, browser):
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running() as server:
         server.select(TITLE)
         yield open_page(browser, server)
@@ -97,7 +96,6 @@ def test_it_reads_on_a_phone(page):
 
 def test_without_gradios_queue(webui, browser):
     """The web UI starts, and Measure gives its answer when it is done."""
-    (webui.data / "config.json").unlink(missing_ok=True)
     with webui.running("--no-gradio-queue") as server:
         page = open_page(browser, server)
         tab = AttentionTab(page).open(side=64)
@@ -108,7 +106,6 @@ def test_without_gradios_queue(webui, browser):
 
 
 def test_frozen_settings_get_a_message(webui, browser):
-    (webui.data / "config.json").unlink(missing_ok=True)
     flags = ["--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "1", "--freeze-settings"]
     with webui.running(*flags) as server:
         page = open_page(browser, server)
