@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .. import device as devices
-from ..checkpoint import AttentionLayer
+from ..checkpoint import AttentionLayer, Checkpoint
 from ..plan import Plan, plan_problem
 from ..problem import Problem, item_bytes
 from ..settings import Settings
@@ -83,6 +83,16 @@ def explain(
         for (part, kind, problem), count in counted.items()
     ]
     return sorted(rows, key=lambda row: row.problem.queries * row.problem.keys * row.problem.heads, reverse=True)
+
+
+def with_size_note(checkpoint: Checkpoint, width: int, height: int) -> Checkpoint:
+    """The checkpoint, with a sentence among its notes where an image of this size is not computed as asked for."""
+    factor = max((layer.latent_factor for layer in checkpoint.layers), default=1)
+    computed = [side // factor * factor for side in (width, height)]
+    if computed == [width, height]:
+        return checkpoint
+    note = f"Sizes go in steps of {factor} pixels: {width} x {height} is computed as {computed[0]} x {computed[1]}."
+    return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
 def largest_image(

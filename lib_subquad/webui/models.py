@@ -8,7 +8,7 @@ import torch
 from modules import sd_models, shared
 
 from ..checkpoint import Checkpoint, CheckpointError, from_shapes, read_attention_layers
-from ..lab.explain import Row, explain, largest_image
+from ..lab.explain import Row, explain, largest_image, with_size_note
 from ..settings import Settings, shown
 
 LOADED = "the loaded checkpoint"
@@ -32,10 +32,9 @@ def read(title: str | None) -> Checkpoint:
     """
     if title in (None, "", LOADED):
         return _read_loaded()
-    listed = getattr(sd_models, "checkpoints_list", {})
-    info = listed.get(title) if isinstance(title, str) else None
+    info = getattr(sd_models, "checkpoints_list", {}).get(title) if isinstance(title, str) else None
     if info is None:
-        raise Refused(f"There is no checkpoint {shown(title)} on the web UI's list.")
+        raise Refused(f"There is no checkpoint {shown(title, 200)} on the web UI's list.")
     return _read_file(info.filename)
 
 
@@ -49,7 +48,7 @@ def rows_for(
     """
     width, height = (_whole(name, value, 64, LARGEST_SIDE) for name, value in (("Width", width), ("Height", height)))
     batch = _whole("Batch", batch, 1, LARGEST_BATCH)
-    checkpoint = read(title)
+    checkpoint = with_size_note(read(title), width, height)
     layers = [layer for layer in checkpoint.layers if settings.vae or layer.part == "unet"]
     return checkpoint, explain(layers, width, height, batch, dtype(), device(), settings)
 
@@ -94,9 +93,9 @@ def _describe(reader) -> Checkpoint:
 
 def _whole(name: str, value, least: int, most: int) -> int:
     try:
-        number = int(value)
+        number = float(value)  # a page gives 512.0 for 512
     except (TypeError, ValueError, OverflowError):
         number = least - 1
-    if not least <= number <= most:
-        raise Refused(f"{name} is {value}; it must be a whole number from {least} to {most}.")
-    return number
+    if isinstance(value, bool) or not (least <= number <= most and number.is_integer()):
+        raise Refused(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}.")
+    return int(number)
