@@ -59,14 +59,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "demo", description="A small host for the extension: loads it as the web UI does and makes images with it."
     )
-    parser.add_argument("--once", metavar="OUT.png", help="make one image without a browser, and exit")
+    parser.add_argument(
+        "--once", metavar="OUT.png", help="make one image without a browser, and exit (default: serve a page)"
+    )
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="a .safetensors file in the SD 1 layout (default: random weights)"
     )
     parser.add_argument("--optimizer", default="subquad", metavar="NAME", help="the entry to use (default: subquad)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; may be repeated")
-    parser.add_argument("--prompt", default=PROMPT, help="any text: with no text encoder, it only picks the image")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting; may be repeated (default: every setting has its own)",
+    )
+    parser.add_argument(
+        "--prompt",
+        default=PROMPT,
+        help="any text: with no text encoder, it only picks the image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="another seed, another image (default: %(default)s)"
+    )
     parser.add_argument("--size", default="256", help="256 or 512x384, multiples of 64 (default: 256)")
     parser.add_argument("--steps", type=int, default=8, help="sampling steps (default: 8)")
     parser.add_argument("--port", type=int, default=7861, help="of the page (default: 7861)")

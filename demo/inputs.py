@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lib_subquad.lab.cli import writable_file
+
 SIDE_STEP, SIDE_MAX, STEPS_MAX = 64, 2048, 150
 
 
@@ -43,13 +45,13 @@ def check_steps(steps: int) -> None:
 
 
 def check_output(path: str) -> Path:
-    """The file to write: a PNG, because only that keeps the infotext, in a folder that exists."""
-    output = Path(path)
-    if output.suffix.lower() != ".png":
+    """The file to write: a PNG, because only that keeps the infotext."""
+    if not path.lower().endswith(".png"):
         raise DemoError(f"output {path!r} must end in .png")
-    if not output.parent.is_dir():
-        raise DemoError(f"output {path!r}: there is no folder {str(output.parent)!r}")
-    return output
+    try:
+        return writable_file(path)
+    except ValueError as e:
+        raise DemoError(f"output {e}") from e
 
 
 def parse_setting(text: str, opts) -> tuple[str, Any]:

@@ -49,12 +49,12 @@ def serve(port: int, prompt: str, seed: int, size: tuple[int, int], steps: int) 
     """Serve the page on this machine until interrupted.
 
     Raises:
-        DemoError: the port is taken.
+        DemoError: the port is taken, or there is none of that number.
     """
     blocks = build(prompt, seed, size, steps).queue()
     try:
         app, url, _ = blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         raise DemoError(f"port {port} cannot be used: {e}") from e
     script_callbacks.app_started_callback(blocks, app)
     say(f"The demo is at {url} - press Ctrl+C to end it.", sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -35,6 +36,35 @@ def reference():
 def peak_bytes():
     """peak_bytes(call): the most bytes that a call holds at a time on the CPU, by PyTorch's own count."""
     return most_bytes_held
+
+
+@pytest.fixture
+def documented(monkeypatch):
+    """documented(main): every option that a command line takes has help, and tells its default unless it has none."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, *arguments, **keywords):
+        raise Parsed(parser)
+
+    def check(main, *arguments) -> None:
+        with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+            main(*arguments)
+        parsers = list(parsed.value.args)
+        for parser in parsers:
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers.extend(action.choices.values())
+                    assert len(action.choices) == len(action._choices_actions)  # each with help in the list
+                    continue
+                assert action.help, f"{parser.prog} {action.option_strings}: no help"
+                if action.option_strings and not action.required and action.nargs != 0:
+                    assert "default" in action.help, f"{parser.prog} {action.option_strings}: no default"
+            assert parser.format_help()  # whose "%" are all of argparse's
+
+    return check
 
 
 @pytest.fixture(scope="module")

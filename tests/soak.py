@@ -192,10 +192,10 @@ def _for_minutes(minutes: float) -> Iterator[int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tests.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="how many to make on the demo host (default: 1000)")
-    parser.add_argument("--url", help="of a running web UI; the demo host if not given")
+    parser.add_argument("--url", help="of a running web UI (default: the demo host)")
     parser.add_argument("--minutes", type=float, default=15, help="how long to drive the web UI (default: 15)")
-    parser.add_argument("--pid", type=int, help="of the web UI, to watch its memory")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pid", type=int, help="of the web UI, to watch its memory (default: not watched)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is done at random (default: 0)")
     args = parser.parse_args(argv)
     if args.url:
         report = soak(WebUI(args.url, args.pid), _for_minutes(args.minutes), pause=0.1, seed=args.seed)

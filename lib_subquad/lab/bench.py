@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=cli.argument(parse_shape),
         metavar="SHAPE",
-        help=f"{SHAPE_HELP}; may be repeated",
+        help=f"{SHAPE_HELP}; may be repeated (default: {', '.join(DEFAULT)}; with --layer {', '.join(LAYER_SHAPES)})",
     )
     parser.add_argument(
         "--peers",
-        type=_peers,
+        type=peers_argument,
         default=list(PEERS),
         metavar="A,B",
         help=f"only these of {', '.join(PEERS)} (default: all)",
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE.py",
         help="a file with an efficient_dot_product_attention, such as the web UI's modules/sub_quadratic_attention.py; "
-        "may be repeated",
+        "may be repeated (default: none)",
     )
     parser.add_argument(
         "--against",
@@ -56,32 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"compare with this peer (a file's name without .py); may be repeated (default: {REFERENCE})",
     )
     parser.add_argument(
-        "--device", type=cli.device, default="cpu", help="such as cpu, cuda, cuda:1, xpu (default: cpu)"
-    )
-    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
-    parser.add_argument(
         "--scores",
         choices=("normal", "peaky"),
         default="normal",
-        help="peaky: queries and keys five times as large, so that most weights underflow",
+        help="peaky: queries and keys five times as large, so that most weights underflow (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=cli.positive, default=5, help="rounds (default: 5)")
-    cli.add_machine_arguments(parser)
-    parser.add_argument(
-        "--timeout", type=cli.positive, default=600, metavar="SECONDS", help="for one measurement (default: 600)"
-    )
+    cli.add_measuring_arguments(parser, repeats=5, timeout=600)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--training", action="store_true", help="forward and backward pass")
+    what.add_argument("--training", action="store_true", help="measure the forward and backward pass")
     what.add_argument(
-        "--layer", action="store_true", help="the whole forward of ldm's CrossAttention, projections included"
+        "--layer", action="store_true", help="measure the whole forward of ldm's CrossAttention, projections included"
     )
     what.add_argument(
         "--capture",
         metavar="CHECKPOINT.safetensors",
-        help="queries, keys and values out of this model's U-Net (SD 1 or 2; needs ldm and safetensors) instead of "
-        "random ones",
+        help="measure with queries, keys and values out of this model's U-Net (SD 1 or 2; needs ldm and safetensors; "
+        "default: random ones)",
     )
-    parser.add_argument("--size", type=cli.positive, default=512, help="side of the image for --capture (default: 512)")
+    parser.add_argument(
+        "--size",
+        type=cli.positive,
+        default=512,
+        metavar="PIXELS",
+        help="side of the image for --capture (default: %(default)s)",
+    )
     cli.add_output_arguments(parser)
 
 
@@ -115,17 +113,17 @@ def run(args: argparse.Namespace) -> int:
         "mode": _mode(args),
         "results": [result.as_json() for result in results],
     }
-    print(report(record, results, against))
-    if args.json:
-        cli.write_json(args.json, record)
-    if args.plot:
-        from .plot import draw_bench
+    try:  # files first: who reads only the first lines closes the pipe
+        if args.json:
+            cli.write_json(args.json, record)
+        if args.plot:
+            from .plot import draw_bench
 
-        draw_bench(results, heading(record)).savefig(args.plot)
-    if not complete:
-        print("stopped: the table holds what was measured until then", file=sys.stderr)
-        return 130
-    return 0
+            with cli.writing(args.plot):
+                draw_bench(results, heading(record)).savefig(args.plot)
+    finally:
+        print(report(record, results, against))
+    return cli.exit_status("bench", results, complete)
 
 
 def _measure_all(
@@ -147,7 +145,7 @@ def _mode(args: argparse.Namespace) -> str:
 
 
 @cli.argument
-def _peers(text: str) -> list[str]:
+def peers_argument(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         find_peer(name)
@@ -191,7 +189,7 @@ def report(record: dict, results: Sequence[Result], against: Sequence[str]) -> s
     summary = summary_table(results, against)
     if summary:
         lines += ["", summary]
-    lines += ["", _legend(record), "", f"`{record['command']}`"]
+    lines += ["", _legend(record, results), "", f"`{record['command']}`"]
     return "\n".join(lines)
 
 
@@ -235,13 +233,22 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
     return tables.table(headings, rows, left={headings[0]})
 
 
-def _legend(record: dict) -> str:
-    load = busyness(record)
+def _legend(record: dict, results: Sequence[Result]) -> str:
     return (
-        f"time: median of {record['repeats']} processes, spread: their least and most; ratios: medians of each round's "
-        "own; peak memory: beside the inputs, result included; error: the largest absolute one of a sample of rows "
-        f"against float64.{load}"
+        f"{how_often(results)}ratios: medians of each round's own; peak memory: beside the inputs, result included; "
+        f"error: the largest absolute one of a sample of rows against float64.{busyness(record)}"
     )
+
+
+def how_often(results: Sequence[Result]) -> str:
+    """How many measurements stand behind the times, in words; empty where there are none."""
+    counts = sorted(len(result.good) for result in results if result.good)
+    if not counts:
+        return ""
+    many = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else str(counts[0])
+    again = sum(found.tries - 1 for result in results for found in result.good)
+    calm = f" ({again} more were disturbed and made again)" if again else ""
+    return f"time: median of {many} process{'es' * (counts[-1] > 1)}{calm}, spread: their least and most; "
 
 
 def others(results: Sequence[Result]) -> list[float] | None:

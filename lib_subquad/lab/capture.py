@@ -65,6 +65,8 @@ def _captured(path: str, side: int) -> list[tuple[Shape, list[Tensor]]]:
     except ImportError as error:
         raise UserError("needs safetensors: pip install safetensors") from error
     found = read_attention_layers(path)
+    if not found.layers:
+        raise UserError(" ".join(found.notes))
     with safe_open(path, framework="pt") as file:
         shapes = {
             name.removeprefix(PREFIX): tuple(file.get_slice(name).get_shape())

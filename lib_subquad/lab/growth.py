@@ -6,36 +6,36 @@ Scores grow with the square of the tokens; a chunked attention's workspace must 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from . import cli, tables
-from .bench import busyness, command, heading, others
+from .bench import busyness, command, heading, how_often, others, peers_argument
 from .measure import Job, Measurement, measure
 from .peers import find as find_peer
 from .results import Result, measure_interleaved
 from .shapes import Shape
 
+PEERS = ("automatic", "portable")
 BASE_TOKENS = 4096  # what time per score is compared with: a 512² image in SD 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--heads", type=cli.positive, default=16, help="fewer take less time (default: 16)")
-    parser.add_argument("--width", type=cli.positive, default=40, help="of a head (default: 40)")
-    parser.add_argument("--smallest", type=cli.positive, default=1024, metavar="TOKENS", help="default: 1024")
+    for name, default, metavar, words in (
+        ("--heads", 16, "N", "heads of the batch; fewer take less time"),
+        ("--width", 40, "CHANNELS", "of a head"),
+        ("--smallest", 1024, "TOKENS", "where to begin"),
+        ("--largest", 65536, "TOKENS", "where to end; 65536 are a 2048² image in SD 1.5"),
+    ):
+        words += " (default: %(default)s)"
+        parser.add_argument(name, type=cli.positive, default=default, metavar=metavar, help=words)
     parser.add_argument(
-        "--largest", type=cli.positive, default=65536, metavar="TOKENS", help="default: 65536, a 2048² image in SD 1.5"
+        "--peers",
+        type=peers_argument,
+        default=list(PEERS),
+        metavar="A,B",
+        help=f"what to measure, as in bench (default: {','.join(PEERS)})",
     )
-    parser.add_argument("--peers", type=_peers, default=["automatic", "portable"], metavar="A,B")
-    parser.add_argument(
-        "--device", type=cli.device, default="cpu", help="such as cpu, cuda, cuda:1, xpu (default: cpu)"
-    )
-    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
-    parser.add_argument("--repeats", type=cli.positive, default=3, help="rounds (default: 3)")
-    cli.add_machine_arguments(parser)
-    parser.add_argument(
-        "--timeout", type=cli.positive, default=1800, metavar="SECONDS", help="for one measurement (default: 1800)"
-    )
+    cli.add_measuring_arguments(parser, repeats=3, timeout=1800)
     cli.add_output_arguments(parser)
 
 
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         return measure(job, args.timeout, None if args.calm is None else args.calm / 100)
 
     with cli.progress_bar(len(shapes) * len(args.peers) * args.repeats) as progress:
-        results, complete = measure_interleaved(shapes, args.peers, args.repeats, measure_one, progress)
+        results, complete = measure_interleaved(
+            shapes, args.peers, args.repeats, measure_one, progress, lambda peer: find_peer(peer).name
+        )
     record = {
         "command": command(),
         **before,
@@ -63,18 +65,20 @@ def run(args: argparse.Namespace) -> int:
         "mode": "attention",
         "results": [result.as_json() for result in results],
     }
-    print(heading(record), "", growth_table(results), "", f"`{record['command']}`{busyness(record)}", sep="\n")
-    if args.json:
-        cli.write_json(args.json, record)
-    if args.plot:
-        from .plot import draw_growth
+    try:  # files first: who reads only the first lines closes the pipe
+        if args.json:
+            cli.write_json(args.json, record)
+        if args.plot:
+            from .plot import draw_growth
 
-        title = f"{args.heads} heads × {args.width}, {heading(record)}"
-        draw_growth(results, title).savefig(args.plot)
-    if not complete:
-        print("stopped: the table holds what was measured until then", file=sys.stderr)
-        return 130
-    return 0
+            title = f"{args.heads} heads × {args.width}, {heading(record)}"
+            with cli.writing(args.plot):
+                draw_growth(results, title).savefig(args.plot)
+    finally:
+        legend = f"{how_often(results)}workspace: beside inputs and result; planned: what the plan promised."
+        print(heading(record), "", growth_table(results), "", legend + busyness(record), "", sep="\n")
+        print(f"`{record['command']}`")
+    return cli.exit_status("growth", results, complete)
 
 
 def doubling(smallest: int, largest: int) -> list[int]:
@@ -119,11 +123,3 @@ def _number(value: float | None) -> str:
 
 def _change(value: float | None, base: float | None) -> str:
     return tables.NOTHING if value is None or base is None else f"{(value / base - 1) * 100:+.0f} %"
-
-
-@cli.argument
-def _peers(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        find_peer(name)
-    return list(dict.fromkeys(names))

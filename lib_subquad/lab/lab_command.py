@@ -9,6 +9,8 @@ from .explain import megabytes
 from .explore import TUNED, Exploration
 from .plan_command import table
 
+BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_arguments(parser)
@@ -16,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         type=cli.positive,
         metavar="N",
-        help="measure the recommended setting and Automatic N more times, in turn, and compare them",
+        help="measure the recommended setting and Automatic N more times, in turn, and compare them "
+        "(default: not again)",
     )
     cli.add_output_arguments(parser)
 
@@ -61,7 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(exploration: Exploration) -> bool:
-    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept."""
+    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept.
+
+    How long it still takes is told once: by the exploration where it knows, else by the bar.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
@@ -69,13 +75,14 @@ def _measure(exploration: Exploration) -> bool:
     bar = None
     try:
         for step in exploration.run():
+            left = "" if step.seconds_left is None else f", {step.seconds_left:.0f} s left"
             if tqdm is None:
-                print(f"{step.done} of {step.total}: {step.what}")
+                print(f"{step.done} of {step.total}: {step.what}{left}")
                 continue
             if bar is None or bar.total != step.total:
                 bar = tqdm(total=step.total, unit="call") if bar is None else _restart(bar, step.total)
             bar.n = step.done
-            left = "" if step.seconds_left is None else f", {step.seconds_left:.0f} s left"
+            bar.bar_format = BAR_WITHOUT_ESTIMATE if left else None
             bar.set_postfix_str(step.what + left)
     except KeyboardInterrupt:
         return True

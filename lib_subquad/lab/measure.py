@@ -70,7 +70,8 @@ class Measurement:
     `seconds` is the median of the calls that were timed, `peak_bytes` the peak beside the inputs, result included.
     Errors are the largest absolute ones of a sample of rows against float64. `plan_bytes` is the workspace that the
     plan promised, `plan` the plan in words; both only for this library's own engines. `others` is the share of the
-    processors' time that other programs took while calls were timed, None where the system does not tell.
+    processors' time that other programs took while calls were timed, None where the system does not tell. `tries` says
+    how often it was made until it was calm enough.
     """
 
     seconds: float = 0.0
@@ -83,6 +84,7 @@ class Measurement:
     plan_bytes: int | None = None
     others: float | None = None
     reason: str = ""
+    tries: int = 1
 
 
 def measure(job: Job, timeout: float | None = None, calm: float | None = None) -> Measurement:
@@ -91,14 +93,14 @@ def measure(job: Job, timeout: float | None = None, calm: float | None = None) -
     Where other programs took more than the share `calm` of the processors meanwhile, it is made again, and the calmest
     of `CALM_TRIES` counts: threads that wait for one another suffer far more from a busy machine than their share.
     """
-    found = _measure_apart(job, timeout)
-    for _ in range(CALM_TRIES - 1):
+    found, tries = _measure_apart(job, timeout), 1
+    while tries < CALM_TRIES:
         if calm is None or found.reason or found.others is None or found.others <= calm:
             break
-        again = _measure_apart(job, timeout)
+        again, tries = _measure_apart(job, timeout), tries + 1
         if not again.reason and again.others is not None and again.others < found.others:
             found = again
-    return found
+    return dataclasses.replace(found, tries=tries)
 
 
 def _measure_apart(job: Job, timeout: float | None) -> Measurement:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..checkpoint import Checkpoint, read_attention_layers
-from ..settings import OPTIONS, Settings
-from .explain import LARGEST_SIDE, SIZE_STEP, Row, explain
+from ..settings import OPTIONS, Option, Settings
+from . import cli
+from .explain import LARGEST_SIDE, SIZE_STEP, Row, explain, with_size_note
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,19 +38,33 @@ class Question:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a .safetensors file (its header is read)")
-    parser.add_argument("--heads", type=int, help="heads of every U-Net layer, where the file's family does not tell")
-    parser.add_argument("--size", default="512", help="of the image in pixels: 512 or 1024x1536 (default: 512)")
-    parser.add_argument("--batch", type=int, default=1, help="images made at once (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument(
+        "--heads",
+        type=cli.positive,
+        metavar="N",
+        help="heads of every U-Net layer (default: as the file's family has them)",
+    )
+    parser.add_argument(
+        "--size", default="512", metavar="PIXELS", help="of the image: 512 or 1024x1536 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=cli.positive, default=1, metavar="N", help="images made at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
     group = parser.add_argument_group("settings")
     for name, option in OPTIONS.items():
-        if option.choices:
-            group.add_argument(_flag(name), choices=option.choices, default=option.default, help=option.help)
-        elif isinstance(option.default, bool):
-            group.add_argument(_flag(name), choices=("on", "off"), default="on" if option.default else "off")
+        more: dict = {"default": option.default}
+        if isinstance(option.default, bool):
+            more = {"choices": ("on", "off"), "default": "on" if option.default else "off"}
+        elif option.choices:
+            more["choices"] = option.choices
         else:
-            group.add_argument(_flag(name), type=int, default=option.default, help=option.help.replace("%", "%%"))
+            more |= {"type": _whole(option), "metavar": "N"}
+        words = option.help.replace("%", "%%").removesuffix(".")
+        group.add_argument(_flag(name), help=f"{words} (default: {more['default']}).", **more)
 
 
 def read(arguments: argparse.Namespace) -> Question:
@@ -73,8 +89,12 @@ def read(arguments: argparse.Namespace) -> Question:
     dtype = DTYPES[arguments.dtype] if arguments.dtype else torch.float32 if device.type == "cpu" else torch.float16
     checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
     if not checkpoint.layers:
-        raise ValueError(f"{checkpoint.family}: no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
-    return Question(checkpoint, width, height, arguments.batch, dtype, device, settings)
+        raise ValueError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
+    checkpoint = with_size_note(checkpoint, width, height)
+    question = Question(checkpoint, width, height, arguments.batch, dtype, device, settings)
+    if not question.layers:
+        raise ValueError("the file holds a VAE and no U-Net, and with --vae off the VAE is left out")
+    return question
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -100,6 +120,17 @@ def best_device() -> torch.device:
         if backend is not None and getattr(backend, "is_available", lambda: False)():
             return torch.device(name)
     return torch.device("cpu")
+
+
+def _whole(option: Option) -> Callable[[str], object]:
+    @cli.argument
+    def whole(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"{text!r}; expected {option.expected}") from None
+
+    return whole
 
 
 def _flag(name: str) -> str:

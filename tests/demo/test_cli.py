@@ -1,5 +1,6 @@
 """`python -m demo`, as a user runs it."""
 
+import importlib
 import os
 import socket
 import subprocess
@@ -49,6 +50,7 @@ def test_once_makes_an_image_and_a_line_per_optimizer(tmp_path):
         (["--set", "nothing=1", "--once", "out.png"], "expected key=value"),
         (["--set", "upcast_attn=true", "--freeze-settings", "--optimizer", "None"], "changing settings is disabled"),
         (["--once", "out.jpg"], "must end in .png"),
+        (["--port", "99999"], "port 99999 cannot be used"),
     ],
 )
 def test_wrong_input_is_one_line(args, says):
@@ -57,6 +59,11 @@ def test_wrong_input_is_one_line(args, says):
     complaint = [line for line in done.stderr.splitlines() if line.startswith("demo: ")]
     assert len(complaint) == 1 and says in complaint[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tests.images", "tests.soak"])
+def test_every_option_has_help_and_tells_its_default(module, host, documented):
+    documented(importlib.import_module(module).main)
 
 
 def test_a_port_in_use_is_one_line():

@@ -28,6 +28,8 @@ def test_output_must_be_a_png_in_a_folder_that_exists(tmp_path):
         check_output(str(tmp_path / "a.jpg"))
     with pytest.raises(DemoError, match="no folder"):
         check_output(str(tmp_path / "none" / "a.png"))
+    with pytest.raises(DemoError, match="cannot be written"):
+        check_output(str(tmp_path / ("x" * 300 + ".png")))
 
 
 def test_setting_takes_the_type_of_its_default(host):

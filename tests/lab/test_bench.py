@@ -103,6 +103,28 @@ def test_two_files_of_one_name_are_refused(tmp_path, capsys):
     assert "same name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["bench", "--shape", SMALL_TEXT], ["growth", "--smallest", "64", "--largest", "64"]]
+)
+def test_nothing_measured_is_an_error(command, tmp_path, capsys):
+    kernel = peer_file(tmp_path, "raise RuntimeError('no such luck')")
+    arguments = [*command, "--peers", kernel, "--repeats", "3", "--json", str(tmp_path / "found.json")]
+    assert command_line.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith(f"{command[0]}: nothing was measured: RuntimeError: no such luck\n")
+    assert "RuntimeError: no such luck" in printed.out and "median of" not in printed.out
+    (found,) = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["results"]
+    assert found["reason"] == "RuntimeError: no such luck" and len(found["rounds"]) == 1
+
+
+def test_what_some_peers_can_is_no_error(tmp_path, capsys):
+    broken = peer_file(tmp_path, "raise RuntimeError('no such luck')")
+    arguments = ["bench", "--shape", SMALL_TEXT, "--peers", f"sdpa,{broken}", "--repeats", "2"]
+    assert command_line.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "time: median of 2 processes, spread" in printed.out and "nothing was measured" not in printed.err
+
+
 def test_a_missing_matplotlib_is_said_at_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command_line.main(["bench", "--plot", str(tmp_path / "x.png")]) == 2
@@ -152,6 +174,14 @@ def test_the_peak_is_what_a_peer_held(tmp_path, mebibytes):
     found = measure.measure(Job(peer_file(tmp_path, body), SMALL))
     # Linux counts resident pages in batches: a little may be missing.
     assert mebibytes - 1 <= found.peak_bytes / (1 << 20) <= mebibytes + 8
+
+
+def test_a_lora_is_no_checkpoint_to_capture_from(tmp_path, capsys):
+    torch_files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "lora.safetensors"
+    torch_files.save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": torch.zeros(4, 4)}, path)
+    assert command_line.main(["bench", "--capture", str(path), "--size", "64"]) == 2
+    assert "--capture: LoRA (names such as 'lora_unet_mid_block_attentions_0" in capsys.readouterr().err
 
 
 def test_what_goes_wrong_in_a_process_is_told_in_its_last_line():

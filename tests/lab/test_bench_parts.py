@@ -309,6 +309,23 @@ def test_the_report_compares_shape_by_shape_and_over_all():
     assert "| ours       |         4.00 |  8.00 |                 2.00 |" in summary
 
 
+@pytest.mark.parametrize(
+    ("rounds", "tries", "words"),
+    [
+        ([1], 1, "time: median of 1 process, "),
+        ([3, 3], 1, "time: median of 3 processes, "),
+        ([2, 5], 1, "time: median of 2 to 5 processes, "),  # stopped, or a round that failed
+        ([0, 2], 4, "time: median of 2 processes (6 more were disturbed and made again), "),
+        ([0], 1, ""),
+    ],
+)
+def test_the_footnote_tells_how_many_runs_there_were(rounds, tries, words):
+    found = [Result(SMALL, "ours", [Measurement(1.0, tries=tries)] * count + [None]) for count in rounds]
+    assert bench.how_often(found).startswith(words) and bool(bench.how_often(found)) == bool(words)
+    record = {"repeats": 9, "threads": None, "others": None}
+    assert bench._legend(record, found).startswith(words) and "9" not in bench._legend(record, found)
+
+
 def test_a_long_reason_is_cut_in_the_table():
     failed = Result(SMALL, "ours", [Measurement(reason="because " * 50)])
     text = bench.main_table([failed], ["sdpa"])
@@ -351,11 +368,13 @@ def test_the_share_of_others_is_what_is_neither_idle_nor_ours():
 def test_a_disturbed_measurement_is_made_again(shares, calm, expected, monkeypatch):
     turns = iter(shares)
     monkeypatch.setattr(measure, "_measure_apart", lambda job, timeout: Measurement(1.0, others=next(turns)))
-    assert measure.measure(Job("sdpa", SMALL), calm=calm).others == expected
+    found = measure.measure(Job("sdpa", SMALL), calm=calm)
+    assert found.others == expected and found.tries == len(shares) - len(list(turns))
 
 
 def test_the_calmest_counts_where_it_is_never_calm(monkeypatch):
     turns = iter([0.9, 0.5, *[0.8] * 20])
     monkeypatch.setattr(measure, "_measure_apart", lambda job, timeout: Measurement(1.0, others=next(turns)))
-    assert measure.measure(Job("sdpa", SMALL), calm=0.1).others == 0.5
+    found = measure.measure(Job("sdpa", SMALL), calm=0.1)
+    assert found.others == 0.5 and found.tries == measure.CALM_TRIES
     assert len(list(turns)) == 22 - measure.CALM_TRIES
