@@ -1,6 +1,7 @@
 """Measure engines and chunk sizes on a checkpoint's own attention shapes, and recommend the best setting.
 
-First every candidate once; then the fastest of them and Automatic again, in rounds that alternate between them.
+First every candidate is tried once, to leave out what is too slow; then the others are compared, in rounds of all of
+them, until it is clear whether one is faster than Automatic. Only these are shown beside one another.
 """
 
 from __future__ import annotations
@@ -10,61 +11,39 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import torch
 
 from .. import device as devices
 from ..attention import attention
 from ..engines import Sizes, fused
-from ..plan import Plan, plan_problem
+from ..plan import Plan, limit_bytes, plan_problem
 from ..problem import Problem
 from ..settings import CHUNK_MAX, Settings
-from . import meter
+from . import meter, trials
 from .explain import Row
+from .trials import AUTOMATIC, TUNED, Trial
 
 QUERY_CHUNKS = (256, 512, 1024, 2048, 4096)
 KV_CHUNKS = (256, 512, 1024, 4096)
-FINALISTS = 3
-FINAL_REPEATS = 5
 # Shapes that together make less than this share of the work take their time from Automatic: no setting moves them.
 NEGLIGIBLE_SHARE = 0.03
-# Automatic stays recommended unless something is faster by more than what repeats differ by, in the medians and in the
-# fastest runs alike: what else a machine does in between seldom slows both that much.
-WORTH_CHANGING = 0.97
 
-AUTOMATIC = {"query_chunk": 0, "kv_chunk": 0, "engine": "automatic"}
-TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets
+# A candidate is compared if its only try took at most this much more than the fastest's, times what Automatic's own
+# tries differ by; on a machine so busy that these are many, the slower of them are tried again first.
+PROMISING = 1.1
+REFERENCES = 4  # tries of Automatic among those of the candidates
+FEWEST_FINALISTS, MOST_FINALISTS = 3, 8
+MOST_TRIES = 3
+# What takes less memory than anything faster is compared as well, unless it takes this many times as long.
+WORTH_MEMORY = 2
+# The present setting is compared too, unless it is hopeless.
+HOPELESS = 10
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 20
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting measured on every shape: seconds of attention in one step, and the largest peak of any call.
-
-    `seconds` are the medians of every call's repeats, `fastest_seconds` their minima, `repeats` the fewest of any call.
-    `peak_bytes` is the plan's estimate, or what was measured where that is more (a high-water mark does not see memory
-    that the process already held); the call's result is not counted.
-    """
-
-    settings: Settings
-    seconds: float
-    fastest_seconds: float
-    peak_bytes: int
-    fits: bool
-    repeats: int
-
-    def clearly_faster_than(self, other: Trial) -> bool:
-        return (
-            self.seconds <= other.seconds * WORTH_CHANGING
-            and self.fastest_seconds <= other.fastest_seconds * WORTH_CHANGING
-        )
-
-    @property
-    def label(self) -> str:
-        chosen = self.settings
-        if all(getattr(chosen, name) == value for name, value in AUTOMATIC.items()):
-            return "automatic"
-        sizes = [f"{size or 'auto'}" for size in (chosen.query_chunk, chosen.kv_chunk)]
-        return f"{chosen.engine} {sizes[0]} x {sizes[1]}"
+Call = tuple[Problem, Plan]
+Key = tuple[Problem, str, Sizes]  # what distinguishes calls: their plans' words do not
 
 
 @dataclass(frozen=True)
@@ -81,6 +60,10 @@ class Progress:
 class Exploration:
     """What was measured so far; complete once `run()` is exhausted, and of use whenever it is stopped.
 
+    All of `trials` were measured as often as one another: side by side in as many rounds as are done, or, before the
+    second is, once each. `tried` were measured only to see whether they are worth comparing. What ran out of memory is
+    in neither.
+
     Args:
         rows: the shapes, as `explain()` gives them for the user's present settings.
         settings: the user's present settings; memory limit and upcast hold for every candidate.
@@ -92,7 +75,11 @@ class Exploration:
     device: torch.device
     free_bytes: int = 0
     trials: list[Trial] = field(default_factory=list)
-    _measured: dict[tuple[Problem, str, Sizes], list[tuple[float, int]]] = field(default_factory=dict)
+    tried: list[Trial] = field(default_factory=list)
+    rounds: int = 0
+    _finalists: list[Settings] = field(default_factory=list)
+    _measured: dict[Key, list[tuple[float, int]]] = field(default_factory=dict)
+    _in_rounds: dict[Key, list[float]] = field(default_factory=dict)  # seconds; the same number of each
 
     def __post_init__(self) -> None:
         self.free_bytes = self.free_bytes or devices.free_bytes(self.device)
@@ -102,91 +89,153 @@ class Exploration:
         return self.free_bytes * self.settings.memory_limit // 100
 
     def run(self) -> Iterator[Progress]:
-        """Measure, telling after every call how far it is. Stop iterating to stop measuring."""
-        started = time.perf_counter()
-        pending = self._pending(self._candidates())
-        # What is known of the rest when Automatic has been timed: time goes with scores, whatever computes them.
-        total_cost = sum(_cost(problem) for problem, _ in pending)
-        done_cost = 0.0
-        for number, (problem, plan) in enumerate(pending):
-            yield Progress(number, len(pending), _left(started, done_cost, total_cost), _describe(problem, plan))
-            self._measure(problem, plan)
-            done_cost += _cost(problem)
-            self._tally()
-        finalists = self._pending(self._finalists(), again=True)
-        for repeat in range(FINAL_REPEATS - 1):
-            for number, (problem, plan) in enumerate(finalists if repeat % 2 else reversed(finalists)):
-                done = repeat * len(finalists) + number
-                yield Progress(done, len(finalists) * (FINAL_REPEATS - 1), None, "again: " + _describe(problem, plan))
-                self._measure(problem, plan)
-        self._tally()
+        """Measure, telling before every call how far it is. Stop iterating to stop measuring."""
+        yield from self._try()
+        self._finalists = self._choose_finalists()
+        yield from self._compare()
 
     def automatic(self) -> Trial | None:
-        return next((trial for trial in self.trials if trial.label == "automatic"), None)
+        return self._find(AUTOMATIC)
 
     def today(self) -> Trial | None:
         """The user's present setting, measured."""
-        wanted = replace(self.settings, retry=False)
-        return next((trial for trial in self.trials if _same_choice(trial.settings, wanted)), None)
+        return self._find({name: getattr(self.settings, name) for name in TUNED})
 
     def recommended(self) -> Trial | None:
-        """The fastest setting inside the memory limit; Automatic unless another is clearly faster."""
-        fitting = [trial for trial in self.trials if trial.fits]
-        if not fitting:
-            return min(self.trials, key=lambda trial: trial.peak_bytes, default=None)
-        automatic = self.automatic()
-        if automatic is None or not automatic.fits:
-            most = max(trial.repeats for trial in fitting)
-            return min((trial for trial in fitting if trial.repeats == most), key=lambda trial: trial.seconds)
-        better = (trial for trial in fitting if trial.repeats >= automatic.repeats)
-        better = (trial for trial in better if trial.clearly_faster_than(automatic))
-        return min(better, key=lambda trial: trial.seconds, default=automatic)
+        """The fastest setting inside the memory limit; Automatic unless another is clearly faster. None before all have
+        been compared in enough rounds."""
+        return trials.recommended(self.trials, self.automatic()) if self.rounds >= FEWEST_ROUNDS else None
 
-    def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial]:
-        """Trials of these settings from new measurements alone, in rounds that alternate between them."""
-        again = Exploration(self.rows, self.settings, self.device, self.free_bytes)
-        calls = again._pending(chosen)
-        for number in range(repeats):
-            for problem, plan in calls if number % 2 == 0 else reversed(calls):
-                again._measure(problem, plan)
-        return [again._trial(settings) for settings in chosen]
+    def undecided(self) -> list[Trial]:
+        """The settings of which repeats do not tell whether they are faster than the recommended one: at the end of a
+        measurement, because the machine was too busy."""
+        best = self.recommended()
+        others = [trial for trial in self.trials if best and trial.fits and trial is not best]
+        return [trial for trial in others if trial.faster_than(best) is None]
 
     def pareto_front(self) -> list[Trial]:
-        """The trials that no other beats in both time and memory, the fastest first."""
-        front, least = [], float("inf")
-        for trial in sorted(self.trials, key=lambda trial: (trial.seconds, trial.peak_bytes)):
-            if trial.peak_bytes < least:
-                front.append(trial)
-                least = trial.peak_bytes
-        return front
+        """Of the trials that were compared, those that no other beats in both time and memory, the fastest first."""
+        return trials.pareto_front([trial for trial in self.trials if trial.rounds], self.recommended())
+
+    def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial | None]:
+        """Trials of these settings from new measurements alone, in rounds that alternate between them; None for what
+        ran out of memory."""
+        again = Exploration(self.rows, self.settings, self.device, self.free_bytes, _finalists=list(chosen))
+        for _ in range(repeats):
+            calls = again._round()
+            for problem, plan in calls:
+                again._measure(problem, plan)
+            again._end_round(calls)
+        return [again._trial(settings) for settings in chosen]
+
+    def _find(self, choice: dict[str, object]) -> Trial | None:
+        known = (*self.trials, *self.tried)
+        return next((trial for trial in known if all(getattr(trial.settings, n) == v for n, v in choice.items())), None)
+
+    # ------------------------------------------------------------------------------- first every candidate, once each
 
     def _candidates(self) -> list[Settings]:
+        """Automatic, the present setting, and others of which no two come to the same calls."""
+
         def candidate(**choice) -> Settings:
             return replace(self.settings, retry=False, **choice)  # a retry would measure something else
 
         most = max((row.problem.queries for row in self.rows), default=0)
         queries = [size for size in QUERY_CHUNKS if size < most] + [0]
         keys = [size for size in KV_CHUNKS if size < most] + [0]
-        found = [candidate(**AUTOMATIC), replace(self.settings, retry=False)]
+        found = [candidate(**AUTOMATIC), candidate()]
         if any(not fused.why_not(row.problem) for row in self.rows):
             found += [candidate(engine="automatic", query_chunk=size, kv_chunk=0) for size in queries if size >= 1024]
         found += [candidate(engine="portable", query_chunk=q, kv_chunk=k) for q in queries for k in keys]
-        return list(dict.fromkeys(found))
+        distinct = {}
+        for settings in found:
+            distinct.setdefault(tuple(_key(*call) for call in self._calls(settings)), settings)
+        return list(dict.fromkeys([*found[:2], *distinct.values()]))
 
-    def _finalists(self) -> list[Settings]:
-        fitting = sorted((trial for trial in self.trials if trial.fits), key=lambda trial: trial.seconds)
-        chosen = [trial.settings for trial in fitting[:FINALISTS]]
-        today = replace(self.settings, retry=False)
-        return list(dict.fromkeys([replace(today, **AUTOMATIC), today, *chosen]))
+    def _try(self) -> Iterator[Progress]:
+        left = self._candidates()
+        calls = self._distinct(left)
+        for _ in range(MOST_TRIES):
+            yield from self._one_by_one(self._with_references(calls))
+            left = self._promising(left)
+            if len(left) <= MOST_FINALISTS or self._unsteadiness() <= PROMISING:
+                break
+            calls = self._distinct(left)
 
-    def _pending(self, candidates: Iterable[Settings], again: bool = False) -> list[tuple[Problem, Plan]]:
-        """The distinct calls that the candidates come to, Automatic's first."""
+    def _one_by_one(self, calls: list[Call]) -> Iterator[Progress]:
+        started = time.perf_counter()
+        # What is known of the rest when Automatic has been timed: time goes with scores, whatever computes them.
+        total_cost = sum(_cost(problem) for problem, _ in calls)
+        done_cost = 0.0
+        for number, (problem, plan) in enumerate(calls):
+            yield Progress(number, len(calls), _left(started, done_cost, total_cost), _describe(problem, plan))
+            self._measure(problem, plan)
+            done_cost += _cost(problem)
+            self._tally()
+
+    def _with_references(self, calls: list[Call]) -> list[Call]:
+        """The costliest call of Automatic between these, again and again: what its times differ by is the machine's."""
+        apart = -(-len(calls) // REFERENCES)
+        parts = [calls[start : start + apart] for start in range(0, len(calls), apart)]
+        return [call for part in parts for call in (*part, self._reference())]
+
+    def _reference(self) -> Call:
+        return max(self._calls(replace(self.settings, **AUTOMATIC)), key=lambda call: _cost(call[0]))
+
+    def _unsteadiness(self) -> float:
+        """How many times as long as the fastest try of the reference the slowest took."""
+        seconds = [seconds for seconds, _ in self._measured[_key(*self._reference())]]
+        return max(seconds) / min(seconds) if math.isfinite(max(seconds)) else 1.0
+
+    def _promising(self, candidates: Iterable[Settings]) -> list[Settings]:
+        """Those that may be among the fastest, the fastest first."""
+        found = [trial for trial in map(self._trial, candidates) if trial is not None and trial.fits]
+        found.sort(key=lambda trial: trial.fastest_seconds)
+        enough = found[0].fastest_seconds * PROMISING * self._unsteadiness() if found else 0.0
+        promising = sum(trial.fastest_seconds <= enough for trial in found)
+        return [trial.settings for trial in found[: max(promising, FEWEST_FINALISTS)]]
+
+    def _choose_finalists(self) -> list[Settings]:
+        """Automatic, the present setting, what may be among the fastest, and what takes less memory than they do."""
+        fastest = min((trial.fastest_seconds for trial in self.trials), default=0.0)
+        near = [trial for trial in self.trials if trial.fits and trial.fastest_seconds <= fastest * WORTH_MEMORY]
+        given = [trial for trial in (self.automatic(), self.today()) if trial is not None]
+        given = [trial for trial in given if trial.fastest_seconds <= fastest * HOPELESS]
+        chosen = [trial.settings for trial in (*given, *trials.pareto_front(near))]
+        return list(dict.fromkeys([*chosen, *self._promising(self._candidates())[:MOST_FINALISTS]]))
+
+    # ------------------------------------------------------------------------- then what is left of them, side by side
+
+    def _compare(self) -> Iterator[Progress]:
+        while self.rounds < FEWEST_ROUNDS or (self.rounds < MOST_ROUNDS and self.undecided()):
+            planned = FEWEST_ROUNDS if self.rounds < FEWEST_ROUNDS else MOST_ROUNDS
+            calls = self._round()
+            for number, (problem, plan) in enumerate(calls):
+                done = self.rounds * len(calls) + number
+                yield Progress(done, planned * len(calls), None, "again: " + _describe(problem, plan))
+                self._measure(problem, plan)
+            self._end_round(calls)
+            self._tally()
+
+    def _round(self) -> list[Call]:
+        """The finalists' calls, those on one shape side by side; every other round runs backwards, so that none always
+        follows the same one."""
+        calls = [call for call in self._distinct(self._finalists) if not _ran_out(self._measured.get(_key(*call), ()))]
+        order = {row.problem: number for number, row in enumerate(self.rows)}
+        calls.sort(key=lambda call: order[call[0]])
+        return calls if self.rounds % 2 == 0 else calls[::-1]
+
+    def _end_round(self, calls: Iterable[Call]) -> None:
+        for key in (_key(*call) for call in calls):
+            self._in_rounds.setdefault(key, []).append(self._measured[key][-1][0])
+        self.rounds += 1
+
+    def _distinct(self, candidates: Iterable[Settings]) -> list[Call]:
+        """The distinct calls that the candidates come to, the first one's first."""
         calls = {}
         for settings in candidates:
-            for problem, plan in self._calls(settings):
-                key = problem, plan.engine, plan.sizes
-                if again or key not in self._measured:
-                    calls.setdefault(key, (problem, plan))
+            for call in self._calls(settings):
+                calls.setdefault(_key(*call), call)
         return list(calls.values())
 
     def _calls(self, settings: Settings) -> Iterator[tuple[Problem, Plan]]:
@@ -209,8 +258,9 @@ class Exploration:
         )
         try:
             query, key, value = _tensors(problem)
-            small = query[..., :64, :]
-            attention(small, key, value, settings=settings)  # libraries load and caches fill outside the measurement
+            # Libraries load and caches fill outside the measurement; an accelerator's may prepare for these very sizes.
+            first = query[..., :64, :] if self.device.type == "cpu" else query
+            attention(first, key, value, settings=settings)
             seconds, peak = meter.measure(lambda: attention(query, key, value, settings=settings), self.device)
         except Exception as error:
             if not devices.is_out_of_memory(error):
@@ -219,28 +269,47 @@ class Exploration:
         if math.isinf(seconds):  # out of the except block, which holds the tensors that the call had made
             devices.release_cached(self.device)
         peak = max(plan.workspace_bytes, (peak or 0) - problem.output_bytes)
-        self._measured.setdefault((problem, plan.engine, plan.sizes), []).append((seconds, peak))
+        self._measured.setdefault(_key(problem, plan), []).append((seconds, peak))
 
     def _tally(self) -> None:
-        """Make trials of all candidates whose every shape has been measured."""
-        trials = (self._trial(settings) for settings in self._candidates())
-        self.trials = [trial for trial in trials if trial is not None]
+        """Make trials of what has been measured on every shape."""
+        found = [trial for trial in map(self._trial, self._candidates()) if trial is not None]
+        compared = [trial for trial in found if trial.rounds]
+        self.trials = compared or found
+        self.tried = [trial for trial in found if compared and not trial.rounds]
 
     def _trial(self, settings: Settings) -> Trial | None:
-        calls = self._calls(settings)
-        found = [self._measured.get((problem, plan.engine, plan.sizes)) for problem, plan in calls]
-        if not all(found) or any(math.isinf(seconds) for runs in found for seconds, _ in runs):  # ran out of memory
+        """What its measurements come to; None where some are missing, or it ran out of memory."""
+        calls = list(self._calls(settings))
+        runs = [self._measured.get(_key(*call)) for call in calls]
+        if not all(runs) or any(map(_ran_out, runs)):
             return None
-        medians, minima = (
-            sum(row.layers * of(seconds for seconds, _ in runs) for row, runs in zip(self.rows, found))
-            for of in (statistics.median, min)
-        )
-        peak = max(statistics.median(peak for _, peak in runs) for runs in found)
-        return Trial(settings, medians, minima, int(peak), peak <= self.limit_bytes, min(map(len, found)))
+        first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))
+        peaks = [statistics.median(peak for _, peak in runs_of_call) for runs_of_call in runs]
+        limits = [limit_bytes(problem, self.settings, self.free_bytes) for problem, _ in calls]
+        fits = all(peak <= limit for peak, limit in zip(peaks, limits))
+        trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits)
+        rounds = self._rounds(settings)
+        if len(rounds) < 2:
+            return trial
+        return trial.in_rounds(rounds, next(filter(None, map(self._rounds, self._finalists))))
+
+    def _rounds(self, settings: Settings) -> list[float]:
+        """Seconds of a step in every round."""
+        calls = (self._in_rounds.get(_key(*call), ()) for call in self._calls(settings))
+        return [self._step(seconds) for seconds in zip(*calls) if math.isfinite(sum(seconds))]
+
+    def _step(self, seconds: Iterable[float]) -> float:
+        """From seconds of every row's call to those of a whole sampling step."""
+        return sum(row.layers * of_call for row, of_call in zip(self.rows, seconds))
 
 
-def _same_choice(one: Settings, other: Settings) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in TUNED)
+def _key(problem: Problem, plan: Plan) -> Key:
+    return problem, plan.engine, plan.sizes
+
+
+def _ran_out(runs: Iterable[tuple[float, int]]) -> bool:
+    return any(math.isinf(seconds) for seconds, _ in runs)
 
 
 def _cost(problem: Problem) -> float:

@@ -6,8 +6,9 @@ import argparse
 
 from . import cli, question
 from .explain import megabytes
-from .explore import TUNED, Exploration
+from .explore import Exploration
 from .plan_command import table
+from .trials import TUNED, Trial, about_as_fast
 
 BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -31,36 +32,62 @@ def run(arguments: argparse.Namespace) -> int:
     exploration = Exploration(asked.rows(), asked.settings, asked.device)
     stopped = _measure(exploration)
     if not exploration.trials:
-        print("Stopped before a first setting was measured.")
-        return 130
-    recommended, today = exploration.recommended(), exploration.today()
-    front = exploration.pareto_front()
-    rows = []
-    for trial in sorted(exploration.trials, key=lambda trial: trial.seconds):
-        marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
-        marks += ["Pareto front"] * (trial in front) + ["over the memory limit"] * (not trial.fits)
-        rows.append(
-            {
-                "Setting": trial.label,
-                "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
-                "Peak workspace": megabytes(trial.peak_bytes),
-                "": ", ".join(marks),
-            }
+        print(
+            "Stopped before a first setting was measured." if stopped else "Nothing could be measured: out of memory."
         )
-    print(table(rows))
-    print(f"\nRecommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}")
-    if arguments.json:
-        cli.write_json(arguments.json, _as_json(asked, exploration))
-    if arguments.plot:
-        from .picture import draw
+        return 130 if stopped else 1
+    try:  # files first: who reads only the first lines closes the pipe
+        if arguments.json:
+            cli.write_json(arguments.json, _as_json(asked, exploration))
+        if arguments.plot:
+            from .picture import draw
 
-        draw(exploration).savefig(arguments.plot)
+            with cli.writing(arguments.plot):
+                draw(exploration).savefig(arguments.plot)
+    finally:
+        print(table(_table_rows(exploration)))
+        print("\n" + "\n".join([*_conclusions(exploration), *asked.checkpoint.notes]))
     if arguments.verify and not stopped:
         try:
             print(_verified(exploration, arguments.verify))
         except KeyboardInterrupt:
             return 130
     return 130 if stopped else 0
+
+
+def _table_rows(exploration: Exploration) -> list[dict[str, str]]:
+    """What was compared, the fastest first; then what was only tried once, which is no comparison."""
+    return [
+        {
+            "Setting": trial.label,
+            "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
+            "Measured": f"{trial.repeats} times" if trial.rounds else "once",
+            "Peak workspace": megabytes(trial.peak_bytes),
+            "": ", ".join(_marks(trial, exploration)),
+        }
+        for trials in (exploration.trials, exploration.tried)
+        for trial in sorted(trials, key=lambda trial: trial.seconds)
+    ]
+
+
+def _marks(trial: Trial, exploration: Exploration) -> list[str]:
+    recommended, today = exploration.recommended(), exploration.today()
+    marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
+    if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
+        marks.append("about as fast")
+    marks += ["Pareto front"] * any(trial is other for other in exploration.pareto_front())
+    return marks + ["over the memory limit"] * (not trial.fits)
+
+
+def _conclusions(exploration: Exploration) -> list[str]:
+    recommended = exploration.recommended()
+    if recommended is None:
+        return ["Nothing is recommended: it ended before settings were compared."]
+    found = [f"Recommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}"]
+    if undecided := exploration.undecided():
+        labels = ", ".join(trial.label for trial in undecided)
+        found.append(f"The machine was too busy to tell whether these are faster: {labels}.")
+    return found
 
 
 def _measure(exploration: Exploration) -> bool:
@@ -95,12 +122,15 @@ def _measure(exploration: Exploration) -> bool:
 def _verified(exploration: Exploration, repeats: int) -> str:
     """How the recommended setting does beside Automatic in measurements that had no part in choosing it."""
     recommended, automatic = exploration.recommended(), exploration.automatic()
-    if automatic is None:
-        return "Automatic could not be measured: there is nothing to compare with."
+    if recommended is None or automatic is None:
+        return "Nothing was compared with Automatic: there is nothing to measure again."
     if recommended is automatic:
         return "Automatic itself is recommended: there is nothing to compare."
-    chosen = recommended.settings, automatic.settings
-    recommended, automatic = exploration.measured_again(chosen, repeats)
+    again = exploration.measured_again((recommended.settings, automatic.settings), repeats)
+    if None in again:
+        gone = " and ".join(was.label for was, now in zip((recommended, automatic), again) if now is None)
+        return f"Measuring again ran out of memory with {gone}: there is nothing to compare."
+    recommended, automatic = again
     return (
         f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "
         f"peak {megabytes(recommended.peak_bytes)} of {megabytes(exploration.limit_bytes)} allowed"
@@ -125,11 +155,13 @@ def _as_json(asked: question.Question, exploration: Exploration) -> dict:
             {name: getattr(trial.settings, name) for name in TUNED}
             | {
                 "seconds": trial.seconds,
+                "repeats": trial.repeats,
                 "peak_bytes": trial.peak_bytes,
                 "fits": trial.fits,
-                "pareto": trial in front,
+                "pareto": any(trial is other for other in front),
                 "recommended": trial is recommended,
             }
-            for trial in exploration.trials
+            for trial in (*exploration.trials, *exploration.tried)
         ],
+        "undecided": [trial.label for trial in exploration.undecided()],
     }

@@ -9,7 +9,8 @@ from html import escape
 from modules import call_queue, sd_hijack, shared
 
 from .. import device as devices
-from ..lab.explore import TUNED, Exploration
+from ..lab.explore import Exploration
+from ..lab.trials import TUNED
 from . import models, options, status, words
 from .models import Refused
 from .optimizer import ENTRY
@@ -138,6 +139,8 @@ class Laboratory:
         exploration = measurement.exploration if measurement else None
         trial = exploration.recommended() if exploration else None
         if trial is None:
+            if exploration:
+                return "There is nothing to apply: it ended before settings were compared.", {}
             return "Measure first: there is nothing to apply yet.", {}
         wanted = {name: getattr(trial.settings, name) for name in TUNED}
         before = {name: getattr(shared.opts, options.key(name)) for name in TUNED}

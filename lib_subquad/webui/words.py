@@ -7,7 +7,8 @@ from html import escape
 
 from ..checkpoint import Checkpoint
 from ..lab.explain import LARGEST_SIDE, Row, megabytes
-from ..lab.explore import Exploration, Trial
+from ..lab.explore import Exploration
+from ..lab.trials import Trial, about_as_fast
 from ..settings import OPTIONS, shown
 from .status import Generation, missed
 
@@ -29,6 +30,8 @@ TERMS = {
     "Why": "Why this engine, and which of your settings had to give way.",
     "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
     "Time": "Attention alone, in one sampling step, on this device.",
+    "Measured": "How often. Times of settings that were measured equally often, in turn, can be compared; a single run "
+    "tells little while other programs run.",
     "Chunks": "How many tokens ask at a time x how many they look at in one go.",
     "Calls": "How often attention was computed for that image: once for every layer in every step.",
     "Retries": "How often memory ran out and attention went on in smaller chunks instead of failing.",
@@ -137,34 +140,60 @@ def kept_setting(name: str, word: str) -> str:
 
 
 def trial_table(exploration: Exploration) -> str:
-    """The answer to Measure: the settings that nothing beats in both time and memory, today's, and the recommended."""
+    """The answer to Measure: the settings that nothing beats in both time and memory, today's, and the recommended.
+
+    What was measured once has rows of its own below: times of single runs are no comparison.
+    """
     today, recommended, automatic = exploration.today(), exploration.recommended(), exploration.automatic()
-    shown = {id(trial): trial for trial in (*exploration.pareto_front(), automatic, today, recommended) if trial}
+    front = exploration.pareto_front() or exploration.trials
+    shown = {id(trial): trial for trial in (*front, automatic, today, recommended) if trial}
     rows = []
-    for trial in sorted(shown.values(), key=lambda trial: trial.seconds):
+    for trial in sorted(shown.values(), key=lambda trial: (not trial.rounds, trial.seconds)):
         marks = [words for mark, words in ((recommended, "recommended"), (today, "today")) if trial is mark]
+        if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
+            marks.append("about as fast")
         if not trial.fits:
             marks.append("over the memory limit")
-        rows.append([trial.label, f"{trial.seconds * 1e3:.1f} ms", megabytes(trial.peak_bytes), ", ".join(marks)])
+        measured = f"{trial.repeats} times" if trial.rounds else "once"
+        time = f"{trial.seconds * 1e3:.1f} ms"
+        rows.append([trial.label, time, measured, megabytes(trial.peak_bytes), ", ".join(marks)])
     if not rows:
         return CSS + warning("Nothing was measured yet.")
-    table = _table(["Setting", "Time", "Peak", ""], ([escape(cell) for cell in row] for row in rows))
-    return CSS + line(verdict(today, recommended)) + table
+    headings = ["Setting", "Time", "Measured", "Peak", ""]
+    return CSS + verdict(exploration) + _table(headings, ([escape(cell) for cell in row] for row in rows))
 
 
-def verdict(today: Trial | None, recommended: Trial | None) -> str:
+def verdict(exploration: Exploration) -> str:
+    """What the measurement comes to, in a sentence or two, as HTML."""
+    today, recommended = exploration.today(), exploration.recommended()
     if recommended is None:
-        return "Nothing was measured yet."
+        return line("Nothing is recommended yet: every setting was measured once at most, which is no comparison.")
+    told = [line(_advice(today, recommended))]
+    if undecided := exploration.undecided():
+        labels = ", ".join(trial.label for trial in undecided)
+        told.append(
+            warning(
+                f"This computer was too busy to tell whether these are faster: {labels}. Measure again when nothing "
+                "else runs."
+            )
+        )
+    return "".join(told)
+
+
+def _advice(today: Trial | None, recommended: Trial) -> str:
     if today is None:
         return f"Recommended: <b>{escape(recommended.label)}</b>."
     if today.label == recommended.label:
         return f"Your setting, <b>{escape(today.label)}</b>, is the best one here: nothing is clearly faster."
-    change = today.seconds / recommended.seconds
-    beside = f"{change:.2f} times as fast as yours, {escape(today.label)}"
-    if not today.fits:
-        beside = f"which stays inside the memory limit as yours, {escape(today.label)}, does not"
-    elif not recommended.clearly_faster_than(today):
-        beside = f"but yours, {escape(today.label)}, is as fast within what repeats differ by"
+    yours = escape(today.label)
+    if not today.rounds:
+        beside = f"many times as fast as yours, {yours}, was when tried once"
+    elif not today.fits:
+        beside = f"which stays inside the memory limit as yours, {yours}, does not"
+    elif recommended.faster_than(today):
+        beside = f"{today.seconds / recommended.seconds:.2f} times as fast as yours, {yours}"
+    else:
+        beside = f"but yours, {yours}, is as fast within what repeats differ by"
     return f"Recommended: <b>{escape(recommended.label)}</b>, {beside}."
 
 
