@@ -84,6 +84,21 @@ def test_no_fused_kernel_no_fused_engine(engine):
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((0, 8, 16, 40), "there are no heads"),
+        ((2, 0, 16, 40), "there are no heads"),
+        ((2, 8, 0, 40), "there are no queries"),
+    ],
+)
+def test_nothing_is_no_work_for_a_fused_kernel(shape, reason):
+    """Of an empty batch that of torch 2.11 makes a floating-point exception, which ends the process."""
+    key = (*shape[:2], 16, 40)
+    made = plan_sd15(Settings(engine="fused"), (shape, key, key))
+    assert made.engine == "portable" and reason in made.reasons
+
+
 def test_a_torch_that_does_not_tell_its_kernel(monkeypatch):
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     fused._kernel_reasons.cache_clear()

@@ -37,6 +37,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
     if not problem.queries:
         reasons.append("there are no queries")
+    if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
+        reasons.append("there are no heads")
     if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
