@@ -40,7 +40,7 @@ MOST_TRIES = 3
 WORTH_MEMORY = 2
 # The present setting is compared too, unless it is hopeless.
 HOPELESS = 10
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 20
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
 
 Call = tuple[Problem, Plan]
 Key = tuple[Problem, str, Sizes]  # what distinguishes calls: their plans' words do not
@@ -112,6 +112,12 @@ class Exploration:
         best = self.recommended()
         others = [trial for trial in self.trials if best and trial.fits and trial is not best]
         return [trial for trial in others if trial.faster_than(best) is None]
+
+    def _unclear(self) -> bool:
+        """Whether more rounds may tell more: which is the fastest, or whether it is faster than the present setting."""
+        best, today = self.recommended(), self.today()
+        beside = best and today and today.rounds and today is not best
+        return bool(self.undecided() or (beside and best.faster_than(today) is None))
 
     def pareto_front(self) -> list[Trial]:
         """Of the trials that were compared, those that no other beats in both time and memory, the fastest first."""
@@ -207,7 +213,7 @@ class Exploration:
     # ------------------------------------------------------------------------- then what is left of them, side by side
 
     def _compare(self) -> Iterator[Progress]:
-        while self.rounds < FEWEST_ROUNDS or (self.rounds < MOST_ROUNDS and self.undecided()):
+        while self.rounds < FEWEST_ROUNDS or (self.rounds < MOST_ROUNDS and self._unclear()):
             planned = FEWEST_ROUNDS if self.rounds < FEWEST_ROUNDS else MOST_ROUNDS
             calls = self._round()
             for number, (problem, plan) in enumerate(calls):

@@ -75,6 +75,7 @@ def _marks(trial: Trial, exploration: Exploration) -> list[str]:
     marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
     if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
         marks.append("about as fast")
+    marks += ["too unsteady to tell"] * any(trial is other for other in exploration.undecided())
     marks += ["Pareto front"] * any(trial is other for other in exploration.pareto_front())
     return marks + ["over the memory limit"] * (not trial.fits)
 

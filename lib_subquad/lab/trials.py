@@ -22,7 +22,7 @@ TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets
 WORTH_CHANGING = 0.97
 WORTH_MEASURING = 0.9
 # More rounds agree than chance would give in one of so many comparisons of equals.
-CHANCE = 1 / 32
+CHANCE = 1 / 100
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def recommended(trials: Iterable[Trial], automatic: Trial | None) -> Trial | Non
 
 
 def about_as_fast(trial: Trial, other: Trial) -> bool:
-    """Whether repeats differ by more than the two."""
-    return not (trial.faster_than(other) or other.faster_than(trial))
+    """Whether it is clear that neither is faster."""
+    return trial.faster_than(other) is False and other.faster_than(trial) is False
 
 
 def pareto_front(trials: Iterable[Trial], best: Trial | None = None) -> list[Trial]:

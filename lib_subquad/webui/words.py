@@ -152,6 +152,8 @@ def trial_table(exploration: Exploration) -> str:
         marks = [words for mark, words in ((recommended, "recommended"), (today, "today")) if trial is mark]
         if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
             marks.append("about as fast")
+        if any(trial is other for other in exploration.undecided()):
+            marks.append("too unsteady to tell")
         if not trial.fits:
             marks.append("over the memory limit")
         measured = f"{trial.repeats} times" if trial.rounds else "once"
@@ -182,7 +184,7 @@ def verdict(exploration: Exploration) -> str:
 
 def _advice(today: Trial | None, recommended: Trial) -> str:
     if today is None:
-        return f"Recommended: <b>{escape(recommended.label)}</b>."
+        return f"Recommended: <b>{escape(recommended.label)}</b>. Your setting ran out of memory."
     if today.label == recommended.label:
         return f"Your setting, <b>{escape(today.label)}</b>, is the best one here: nothing is clearly faster."
     yours = escape(today.label)
@@ -192,8 +194,10 @@ def _advice(today: Trial | None, recommended: Trial) -> str:
         beside = f"which stays inside the memory limit as yours, {yours}, does not"
     elif recommended.faster_than(today):
         beside = f"{today.seconds / recommended.seconds:.2f} times as fast as yours, {yours}"
-    else:
+    elif about_as_fast(recommended, today):
         beside = f"but yours, {yours}, is as fast within what repeats differ by"
+    else:
+        beside = f"but this computer was too busy to tell whether it is faster than yours, {yours}"
     return f"Recommended: <b>{escape(recommended.label)}</b>, {beside}."
 
 

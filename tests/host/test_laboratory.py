@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,37 @@ def test_measure_holds_the_queue_and_gives_it_back(laboratory, lock):
     assert "recommended" in answer and measurement.exploration.trials and not measurement.running
     assert lock.acquire(blocking=False)
     lock.release()
+
+
+@pytest.mark.parametrize(
+    ("yours", "chosen", "words"),
+    [
+        (1.0, 1.0, ["Your setting, <b>portable 64 x auto</b>, is the best one here", "7 times"]),
+        (2.0, 1.0, ["Recommended: <b>automatic</b>, 1.48 times as fast as yours", "today"]),
+        (30.0, 1.0, ["many times as fast as yours, portable 64 x auto, was when tried once"]),
+        (None, 1.0, ["Recommended: <b>automatic</b>. Your setting ran out of memory."]),
+        (1.0, (0.6, 0.6, 1.4), ["too busy to tell whether it is faster than yours, portable 64 x auto", "25 times"]),
+    ],
+)
+def test_what_measure_says(laboratory, loaded, monkeypatch, yours, chosen, words):
+    """Times are made up: the present setting's, Automatic's, and six times as long for all others."""
+    from lib_subquad.lab.explore import Exploration
+
+    turns = itertools.cycle(chosen if isinstance(chosen, tuple) else (chosen,))
+    best = yours == 1.0 and chosen == 1.0
+
+    def measure(explored, problem, plan):
+        mine = plan.engine == "portable" and plan.query_chunk == 64
+        seconds = yours if mine else next(turns) * (2.0 if best else 1.0) if plan.engine == "fused" else 6.0
+        run = (float("inf") if seconds is None else seconds, plan.workspace_bytes)
+        explored._measured.setdefault((problem, plan.engine, plan.sizes), []).append(run)
+
+    monkeypatch.setattr(Exploration, "_measure", measure)
+    loaded.opts.data.update(subquad_engine="portable", subquad_query_chunk=64)
+    answer, _ = finished(laboratory.measure(LOADED, 256, 256, 1))
+    text = re.sub(r"<(?!/?b>)[^>]*>", " ", answer.split("</style>")[1])
+    for part in words:
+        assert part in text
 
 
 def test_it_refuses_while_an_image_is_made(laboratory, lock):

@@ -147,6 +147,12 @@ def test_a_planted_setting_on_a_busy_machine(monkeypatch, factor, least, most):
     assert least <= labels.count(ONE) <= most
 
 
+def test_it_goes_on_until_it_is_clear_that_the_present_setting_is_slower(monkeypatch):
+    plant(monkeypatch, lambda plan, turn: 2.0 if plan.query_chunk == 96 else 1.0 if plan.engine == "fused" else 6.0)
+    explored = finished(exploration(Settings(query_chunk=96)))
+    assert explored.recommended().label == "automatic" and explored.recommended().faster_than(explored.today())
+
+
 def test_a_machine_too_busy_to_tell_is_said(monkeypatch):
     uneven = itertools.cycle((0.85, 0.85, 1.2))
 
