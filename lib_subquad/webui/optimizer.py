@@ -10,7 +10,6 @@ from modules import sd_hijack, sd_hijack_optimizations, shared
 from modules.hypernetworks import hypernetwork
 
 from .. import layers
-from ..console import say
 from . import options, pins, status
 from .hijack import Hook
 
@@ -57,12 +56,22 @@ LAYERS = (
 )
 
 
+class Name(str):
+    """A name to whoever compares it; wherever it is shown, as in "Applying attention optimization: ...", with ours."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (subquad)"
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
 class Subquad(sd_hijack_optimizations.SdOptimization):
     """What the web UI lists, applies and undoes."""
 
     # Extensions that bring attention of their own choose by this name, and know only those of the built-in ones: Tiled
     # VAE, StableSR, FABRIC, AnimateDiff, EasyPhoto. To them we are what we replace.
-    name = "sub-quadratic"
+    name = Name("sub-quadratic")
     cmd_opt = "opt_sub_quad_attention"
 
     def __init__(self) -> None:
@@ -89,7 +98,6 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
         return True
 
     def apply(self) -> None:
-        say("by subquad, ", end="")  # after the web UI's "Applying attention optimization: sub-quadratic... "
         self._find_layers()
         self.take_back_pins()
         for hook in self._hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -199,8 +200,9 @@ def test_a_model_that_the_host_keeps_for_later(loaded, unet):
 
 def test_to_those_who_choose_by_name_it_is_what_it_replaces(loaded):
     loaded.hijack.model_hijack.apply_optimizations(loaded.entry.title())
-    assert loaded.hijack.model_hijack.optimization_method == "sub-quadratic"
-    assert loaded.hijack.current_optimizer.name == "sub-quadratic"
+    for name in (loaded.hijack.model_hijack.optimization_method, loaded.hijack.current_optimizer.name):
+        assert name == "sub-quadratic" and name.lower() in ("sdp", "sub-quadratic") and name in {"sub-quadratic": 1}
+        assert f"{name}" == "sub-quadratic (subquad)" == str(name) and json.dumps(name) == '"sub-quadratic"'
     assert loaded.entry.title() == "subquad - fast attention within a memory limit"
 
 

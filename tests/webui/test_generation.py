@@ -40,7 +40,7 @@ def test_it_was_installed_from_its_url(webui, server):
     assert "Installed into" in webui.said
     assert (webui.data / "extensions" / "subquad" / "scripts" / "subquad.py").is_file()
     assert [extension["name"] for extension in server.call("/sdapi/v1/extensions")].count("subquad") == 1
-    assert "Applying attention optimization: sub-quadratic... by subquad, done." in server.log
+    assert "Applying attention optimization: sub-quadratic (subquad)... done." in server.log
 
 
 def test_the_image_is_that_of_sdp(server, model, expected):

@@ -18,7 +18,7 @@ def test_frozen_settings_and_the_hosts_own_flags(webui):
     """Automatic takes ours for the built-in's flag, with its chunk size for a default; nothing can be set."""
     flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
     with webui.running(*flags) as server:
-        assert "Applying attention optimization: sub-quadratic... by subquad, done." in server.log
+        assert "Applying attention optimization: sub-quadratic (subquad)... done." in server.log
         assert server.options()["subquad_query_chunk"] == 96
         image, infotext = server.generate()
         assert "Subquad query chunk: 96" in infotext
@@ -112,12 +112,12 @@ def test_reload_ui(page):
     """Our entry is in force as before, once, and its settings are drawn once."""
     server = page.server
     image, _ = server.generate()
-    applied = server.log.count("by subquad, done.")
+    applied = server.log.count("(subquad)... done.")
     page.click("#settings_restart_gradio")
     server.wait_for("Startup time:", times=server.log.count("Startup time:") + 1)
     again, _ = server.generate()
     assert np.abs(again - image).max() == 0
-    assert server.log.count("by subquad, done.") == applied + 1
+    assert server.log.count("(subquad)... done.") == applied + 1
     assert server.status()["active"] and server.status()["calls"] > 0
     reloaded = open_page(page.context.browser, server)
     open_section(reloaded, "Sub-quadratic attention")
