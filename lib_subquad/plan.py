@@ -116,8 +116,13 @@ def limit_bytes(problem: Problem, settings: Settings, free_bytes: int) -> int:
     Counts of free memory can be wrong (what an allocator or a page cache would give back reads as used), and smaller
     tiles take a hundred times as long. Whether so little is really too much shows: the call is tried again with less.
     """
-    least = portable.workspace_bytes(problem, _preferred_sizes(problem, Settings(), least=True))
-    return max(free_bytes * settings.memory_limit // 100, least)
+    least = _preferred_sizes(problem, Settings(), least=True)
+    asked = least._replace(  # of several chunks one result stays beside the next
+        queries=min(least.queries, settings.query_chunk or least.queries),
+        keys=min(least.keys, settings.kv_chunk or least.keys),
+    )
+    needed = max(portable.workspace_bytes(problem, sizes) for sizes in {least, asked})
+    return max(free_bytes * settings.memory_limit // 100, needed)
 
 
 def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:

@@ -206,6 +206,16 @@ def test_no_count_of_free_memory_leads_to_tiles_that_are_slow(on, kind, shapes):
         assert made.workspace_bytes <= 10 * MIB + 2 * 32 * 8 * 256 * 40 * 4 or kind != "cpu"
 
 
+@pytest.mark.parametrize(
+    ("shape", "query_chunk"), [((2, 20, 256, 64), 128), ((2, 8, 300, 512), 256), ((2, 8, 256, 160), 128)]
+)
+def test_a_slider_that_splits_a_small_call_is_no_reason_for_slow_tiles(shape, query_chunk):
+    """Of several chunks one result stays beside the next: that alone led to 64 x 64 tokens of one head."""
+    settings = Settings(engine="portable", query_chunk=query_chunk)
+    made = plan_sd15(settings, (shape,) * 3, free_bytes=0)
+    assert made.query_chunk == query_chunk and made.kv_chunk == shape[2] and made.head_chunk >= 2
+
+
 def test_more_threads_need_larger_tiles(monkeypatch):
     """With one for two threads, 16 took 4.5 times as long."""
     chunks = []

@@ -40,7 +40,7 @@ MOST_TRIES = 3
 WORTH_MEMORY = 2
 # The present setting is compared too, unless it is hopeless.
 HOPELESS = 10
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
+FEWEST_ROUNDS, MOST_ROUNDS = 7, 25  # fewer than seven can show nothing: see trials.CHANCE
 
 Call = tuple[Problem, Plan]
 Key = tuple[Problem, str, Sizes]  # what distinguishes calls: their plans' words do not
@@ -77,22 +77,27 @@ class Exploration:
     trials: list[Trial] = field(default_factory=list)
     tried: list[Trial] = field(default_factory=list)
     rounds: int = 0
+    complete: bool = False
     _finalists: list[Settings] = field(default_factory=list)
     _measured: dict[Key, list[tuple[float, int]]] = field(default_factory=dict)
     _in_rounds: dict[Key, list[float]] = field(default_factory=dict)  # seconds; the same number of each
+    _plans: dict[Settings, list[Call]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.free_bytes = self.free_bytes or devices.free_bytes(self.device)
 
     @property
     def limit_bytes(self) -> int:
-        return self.free_bytes * self.settings.memory_limit // 100
+        """What a call may take, as plans have it."""
+        limits = (limit_bytes(row.problem, self.settings, self.free_bytes) for row in self.rows)
+        return max(limits, default=self.free_bytes * self.settings.memory_limit // 100)
 
     def run(self) -> Iterator[Progress]:
         """Measure, telling before every call how far it is. Stop iterating to stop measuring."""
         yield from self._try()
         self._finalists = self._choose_finalists()
         yield from self._compare()
+        self.complete = True
 
     def automatic(self) -> Trial | None:
         return self._find(AUTOMATIC)
@@ -107,8 +112,8 @@ class Exploration:
         return trials.recommended(self.trials, self.automatic()) if self.rounds >= FEWEST_ROUNDS else None
 
     def undecided(self) -> list[Trial]:
-        """The settings of which repeats do not tell whether they are faster than the recommended one: at the end of a
-        measurement, because the machine was too busy."""
+        """The settings of which repeats do not tell whether they are faster than the recommended one: once complete,
+        because the machine was too busy."""
         best = self.recommended()
         others = [trial for trial in self.trials if best and trial.fits and trial is not best]
         return [trial for trial in others if trial.faster_than(best) is None]
@@ -207,6 +212,8 @@ class Exploration:
         near = [trial for trial in self.trials if trial.fits and trial.fastest_seconds <= fastest * WORTH_MEMORY]
         given = [trial for trial in (self.automatic(), self.today()) if trial is not None]
         given = [trial for trial in given if trial.fastest_seconds <= fastest * HOPELESS]
+        if not near and self.trials:  # nothing fits: what takes the least
+            near = [min(self.trials, key=lambda trial: trial.peak_bytes)]
         chosen = [trial.settings for trial in (*given, *trials.pareto_front(near))]
         return list(dict.fromkeys([*chosen, *self._promising(self._candidates())[:MOST_FINALISTS]]))
 
@@ -244,10 +251,14 @@ class Exploration:
                 calls.setdefault(_key(*call), call)
         return list(calls.values())
 
-    def _calls(self, settings: Settings) -> Iterator[tuple[Problem, Plan]]:
-        for row in self.rows:
-            chosen = settings if self._matters(row) else replace(settings, **AUTOMATIC)
-            yield row.problem, plan_problem(row.problem, chosen, self.free_bytes)
+    def _calls(self, settings: Settings) -> list[Call]:
+        if settings not in self._plans:
+            chosen = [settings if self._matters(row) else replace(settings, **AUTOMATIC) for row in self.rows]
+            pairs = [
+                (row.problem, plan_problem(row.problem, it, self.free_bytes)) for row, it in zip(self.rows, chosen)
+            ]
+            self._plans[settings] = pairs
+        return self._plans[settings]
 
     def _matters(self, row: Row) -> bool:
         whole = sum(_cost(other.problem) * other.layers for other in self.rows)
@@ -286,7 +297,7 @@ class Exploration:
 
     def _trial(self, settings: Settings) -> Trial | None:
         """What its measurements come to; None where some are missing, or it ran out of memory."""
-        calls = list(self._calls(settings))
+        calls = self._calls(settings)
         runs = [self._measured.get(_key(*call)) for call in calls]
         if not all(runs) or any(map(_ran_out, runs)):
             return None
@@ -298,7 +309,8 @@ class Exploration:
         rounds = self._rounds(settings)
         if len(rounds) < 2:
             return trial
-        return trial.in_rounds(rounds, next(filter(None, map(self._rounds, self._finalists))))
+        whole = (seconds for seconds in map(self._rounds, self._finalists) if len(seconds) == self.rounds)
+        return trial.in_rounds(rounds, next(whole, rounds))
 
     def _rounds(self, settings: Settings) -> list[float]:
         """Seconds of a step in every round."""

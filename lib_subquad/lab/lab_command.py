@@ -87,7 +87,8 @@ def _conclusions(exploration: Exploration) -> list[str]:
     found = [f"Recommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}"]
     if undecided := exploration.undecided():
         labels = ", ".join(trial.label for trial in undecided)
-        found.append(f"The machine was too busy to tell whether these are faster: {labels}.")
+        why = "The machine was too busy to tell" if exploration.complete else "It ended before it was clear"
+        found.append(f"{why} whether these are faster: {labels}.")
     return found
 
 

@@ -82,8 +82,8 @@ def is_ours(function: object) -> bool:
 
 
 def _is_running(function: Callable) -> bool:
-    """Whether we are being called from inside `function`."""
-    code, frame = getattr(function, "__code__", None), sys._getframe()
+    """Whether we are being called from inside `function`, or may be, where it has no code to be looked for."""
+    code, frame = getattr(underlying(function), "__code__", None), sys._getframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return frame is not None
+    return code is None or frame is not None

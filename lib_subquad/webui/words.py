@@ -170,21 +170,19 @@ def verdict(exploration: Exploration) -> str:
     today, recommended = exploration.today(), exploration.recommended()
     if recommended is None:
         return line("Nothing is recommended yet: every setting was measured once at most, which is no comparison.")
-    told = [line(_advice(today, recommended))]
+    why = "This computer was too busy to tell" if exploration.complete else "It ended before it was clear"
+    told = [line(_advice(today, recommended, why))]
     if undecided := exploration.undecided():
-        labels = ", ".join(trial.label for trial in undecided)
-        told.append(
-            warning(
-                f"This computer was too busy to tell whether these are faster: {labels}. Measure again when nothing "
-                "else runs."
-            )
-        )
+        again = " Measure again when nothing else runs." if exploration.complete else ""
+        told.append(warning(f"{why} whether these are faster: {', '.join(trial.label for trial in undecided)}.{again}"))
     return "".join(told)
 
 
-def _advice(today: Trial | None, recommended: Trial) -> str:
+def _advice(today: Trial | None, recommended: Trial, unclear: str) -> str:
     if today is None:
         return f"Recommended: <b>{escape(recommended.label)}</b>. Your setting ran out of memory."
+    if not recommended.fits:
+        return f"Nothing stays inside the memory limit here: <b>{escape(recommended.label)}</b> takes the least."
     if today.label == recommended.label:
         return f"Your setting, <b>{escape(today.label)}</b>, is the best one here: nothing is clearly faster."
     yours = escape(today.label)
@@ -197,7 +195,7 @@ def _advice(today: Trial | None, recommended: Trial) -> str:
     elif about_as_fast(recommended, today):
         beside = f"but yours, {yours}, is as fast within what repeats differ by"
     else:
-        beside = f"but this computer was too busy to tell whether it is faster than yours, {yours}"
+        return f"Recommended: <b>{escape(recommended.label)}</b>. {unclear} whether it is faster than yours, {yours}."
     return f"Recommended: <b>{escape(recommended.label)}</b>, {beside}."
 
 

@@ -235,6 +235,20 @@ def test_mixed_dtypes_reach_the_built_in_function(subquad):
     assert found.shape == query.shape
 
 
+@pytest.mark.parametrize(
+    "wrap", [functools.partial, lambda found: type("Guest", (), {"__call__": lambda _, *a: found(*a)})()]
+)
+def test_a_wrapper_without_code_of_its_own_ends(subquad, monkeypatch, wrap):
+    from modules import sub_quadratic_attention as module
+
+    query, key, value = torch.randn(3, 2, 50, 16)
+    own = module.efficient_dot_product_attention
+    subquad.select("subquad")
+    monkeypatch.setattr(module, "efficient_dot_product_attention", wrap(module.efficient_dot_product_attention))
+    subquad.select("None")
+    torch.testing.assert_close(module.efficient_dot_product_attention(query, key, value), own(query, key, value))
+
+
 def test_who_found_the_built_in_function_while_we_served_it_keeps_a_working_one(subquad):
     from modules import sub_quadratic_attention
 

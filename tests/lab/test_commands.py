@@ -63,7 +63,7 @@ def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
     assert "Measured again, 2 times in turn" in done.stdout or "Automatic itself is recommended" in done.stdout
     trials = json.loads(found.read_text())["trials"]
     (recommended,) = [trial for trial in trials if trial["recommended"]]
-    assert recommended["fits"] and recommended["pareto"] and recommended["repeats"] >= 5
+    assert recommended["fits"] and recommended["pareto"] and recommended["repeats"] >= 7
     assert any(trial["query_chunk"] == 128 for trial in trials)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
