@@ -7,6 +7,7 @@ import argparse
 from . import cli, question
 from .explain import megabytes
 from .explore import Exploration
+from .measure import processor_seconds, share_of_others
 from .plan_command import table
 from .trials import TUNED, Trial, about_as_fast
 
@@ -30,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         cli.need("matplotlib", "--plot")
     asked = question.read(arguments)
     exploration = Exploration(asked.rows(), asked.settings, asked.device)
+    before = processor_seconds()
     stopped = _measure(exploration)
+    others = share_of_others(before, processor_seconds())
     if not exploration.trials:
         print(
             "Stopped before a first setting was measured." if stopped else "Nothing could be measured: out of memory."
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
                 draw(exploration).savefig(arguments.plot)
     finally:
         print(table(_table_rows(exploration)))
-        print("\n" + "\n".join([*_conclusions(exploration), *asked.checkpoint.notes]))
+        print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.checkpoint.notes]))
     if arguments.verify and not stopped:
         try:
             print(_verified(exploration, arguments.verify))
@@ -92,6 +95,10 @@ def _conclusions(exploration: Exploration) -> list[str]:
     return found
 
 
+def _busyness(others: float | None) -> list[str]:
+    return [] if others is None else [f"Other programs took {others:.0%} of the processors meanwhile."]
+
+
 def _measure(exploration: Exploration) -> bool:
     """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept.
 
@@ -113,6 +120,8 @@ def _measure(exploration: Exploration) -> bool:
             bar.n = step.done
             bar.bar_format = BAR_WITHOUT_ESTIMATE if left else None
             bar.set_postfix_str(step.what + left)
+        if bar is not None:
+            bar.n = bar.total
     except KeyboardInterrupt:
         return True
     finally:

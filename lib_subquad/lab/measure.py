@@ -144,7 +144,7 @@ def _measure(job: Job) -> Measurement:
         before, timed = processor_seconds(), []
         while len(timed) < FEWEST_CALLS or (sum(timed) < TIMED_SECONDS and len(timed) < MOST_CALLS):
             timed.append(meter.measure(work, device)[0])
-    others = _share_of_others(before, processor_seconds())
+    others = share_of_others(before, processor_seconds())
     error, gradient_error = work.errors()
     return Measurement(
         seconds=statistics.median(timed),
@@ -354,7 +354,7 @@ def processor_seconds() -> tuple[float, float, float] | None:
     return sum(seconds), sum(seconds) - seconds[3] - seconds[4], own.user + own.system  # idle, and waiting for disks
 
 
-def _share_of_others(before: tuple | None, after: tuple | None) -> float | None:
+def share_of_others(before: tuple | None, after: tuple | None) -> float | None:
     if before is None or after is None or after[0] == before[0]:
         return None
     everything, busy, own = (late - early for early, late in zip(before, after))

@@ -103,7 +103,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         ValueError: anything else, or more or less than `largest_image` goes to.
     """
-    match = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", text.strip())
+    match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip())
     if match is None:
         raise ValueError(f"size is {text!r}; expected pixels such as 512 or 1024x1536")
     width, height = int(match[1]), int(match[2] or match[1])

@@ -97,5 +97,6 @@ def _whole(name: str, value, least: int, most: int) -> int:
     except (TypeError, ValueError, OverflowError):
         number = least - 1
     if isinstance(value, bool) or not (least <= number <= most and number.is_integer()):
-        raise Refused(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}.")
+        given = "empty" if value is None else shown(value)
+        raise Refused(f"{name} is {given}; it must be a whole number from {least} to {most}.")
     return int(number)

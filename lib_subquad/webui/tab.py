@@ -79,9 +79,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             checkpoint = gr.Dropdown(
                 models.titles(), value=models.LOADED, label="Checkpoint", elem_id="subquad_checkpoint", scale=2
             )
-            width = _slider("Width", 64, models.LARGEST_SIDE, 512, 64, "subquad_width")
-            height = _slider("Height", 64, models.LARGEST_SIDE, 512, 64, "subquad_height")
-            batch = _slider("Batch size", 1, models.LARGEST_BATCH, 1, 1, "subquad_batch")
+            width, height = _number("Width", 512, "subquad_width"), _number("Height", 512, "subquad_height")
+            batch = _number("Batch size", 1, "subquad_batch")
         with gr.Row():
             explain = gr.Button("Explain", elem_id="subquad_explain", min_width=80)
             measure = gr.Button("Measure", variant="primary", elem_id="subquad_measure", min_width=80)
@@ -110,7 +109,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
     with tab:
         question = [checkpoint, width, height, batch]
         on(refresh.click, _refresh, None, [status, checkpoint], **unqueued)
-        on(explain.click, _explain, question, [answer, message], **unqueued)
+        on(explain.click, _explain, question, [answer, message, plot], **unqueued)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
         asked = on(measure.click, _request, measurement, [answer, plot, message, measurement], **unqueued)
         measured, shown = [*question, measurement], [answer, plot, message]
@@ -130,8 +129,12 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
     return [(tab, TITLE, ELEMENT)]
 
 
-def _slider(label: str, least: int, most: int, value: int, step: int, element: str) -> gr.Slider:
-    return gr.Slider(least, most, value=value, step=step, label=label, elem_id=element)
+def _number(label: str, value: int, element: str) -> gr.Number:
+    """A number as it was typed or sent: the answer says what it cannot be. A slider would put it into range without a
+    word, and gradio's own number fails on what no float holds."""
+    number = gr.Number(value, label=label, elem_id=element, min_width=90)
+    number.preprocess = lambda payload: payload
+    return number
 
 
 def _refresh():
@@ -139,7 +142,7 @@ def _refresh():
 
 
 def _explain(*question):
-    return LABORATORY.explain(*question), ""
+    return LABORATORY.explain(*question), "", gr.update(visible=False)  # the plot is of another answer
 
 
 def _request(before):

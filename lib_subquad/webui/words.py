@@ -14,6 +14,7 @@ from .status import Generation, missed
 
 KINDS = ("self", "cross")
 FEW_COLUMNS = 5
+MOST_TRIED = 8
 
 TERMS = {
     "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
@@ -140,13 +141,14 @@ def kept_setting(name: str, word: str) -> str:
 
 
 def trial_table(exploration: Exploration) -> str:
-    """The answer to Measure: the settings that nothing beats in both time and memory, today's, and the recommended.
+    """The answer to Measure: all settings that were compared; where none were, the fastest of those tried.
 
-    What was measured once has rows of its own below: times of single runs are no comparison.
+    Today's, if measured once, has a row below: the time of a single run is no comparison.
     """
     today, recommended, automatic = exploration.today(), exploration.recommended(), exploration.automatic()
-    front = exploration.pareto_front() or exploration.trials
-    shown = {id(trial): trial for trial in (*front, automatic, today, recommended) if trial}
+    known = sorted(exploration.trials, key=lambda trial: trial.seconds)
+    compared = [trial for trial in known if trial.rounds] or known[:MOST_TRIED]
+    shown = {id(trial): trial for trial in (*compared, automatic, today, recommended) if trial}
     rows = []
     for trial in sorted(shown.values(), key=lambda trial: (not trial.rounds, trial.seconds)):
         marks = [words for mark, words in ((recommended, "recommended"), (today, "today")) if trial is mark]

@@ -90,3 +90,13 @@ def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
     other.wait_for(f"{ANSWER} table", "recommended")
     for page in pages:
         page.close()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"), [("100000", "Width is 100000"), ("512.5", "Width is 512.5"), ("", "Width is empty")]
+)
+def test_a_size_that_cannot_be_is_said(page, typed, words):
+    tab = AttentionTab(page).open(side=128)
+    set_number(page, "subquad_width", typed)
+    tab.click("explain")
+    tab.wait_for(ANSWER, f"{words}; it must be a whole number from 64 to 4096.")

@@ -106,7 +106,7 @@ def test_the_queue_is_free_again_whatever_ends_it(laboratory, lock, ending, monk
     [
         (("/etc/passwd", 64, 64, 1), "There is no checkpoint"),
         ((LOADED, 10**9, 64, 1), "Width is 1000000000"),
-        ((LOADED, 64, None, 1), "Height is None"),
+        ((LOADED, 64, None, 1), "Height is empty"),
         ((LOADED, 64, 64, float("nan")), "Batch is nan"),
     ],
 )

@@ -356,12 +356,12 @@ def test_pictures_are_drawn_whatever_is_missing(tmp_path):
 # ------------------------------------------------------------------------------------------------- on a busy machine
 
 
-def test_the_share_of_others_is_what_is_neither_idle_nor_ours():
+def test_theshare_of_others_is_what_is_neither_idle_nor_ours():
     # Ten seconds on two processors: twelve taken, eight of them by this process.
-    assert measure._share_of_others((100.0, 40.0, 5.0), (120.0, 52.0, 13.0)) == pytest.approx(0.2)
-    assert measure._share_of_others((100.0, 40.0, 5.0), (120.0, 40.0, 6.0)) == 0.0
-    assert measure._share_of_others(None, (1.0, 1.0, 1.0)) is None
-    assert measure._share_of_others((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)) is None
+    assert measure.share_of_others((100.0, 40.0, 5.0), (120.0, 52.0, 13.0)) == pytest.approx(0.2)
+    assert measure.share_of_others((100.0, 40.0, 5.0), (120.0, 40.0, 6.0)) == 0.0
+    assert measure.share_of_others(None, (1.0, 1.0, 1.0)) is None
+    assert measure.share_of_others((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)) is None
 
 
 @pytest.mark.parametrize(("shares", "calm", "expected"), [([0.9, 0.4, 0.1, 0.0], 0.2, 0.1), ([0.9], None, 0.9)])
