@@ -23,7 +23,7 @@ from ..problem import Problem
 from ..settings import CHUNK_MAX, Settings
 from . import meter, trials
 from .explain import Row
-from .trials import AUTOMATIC, TUNED, Trial
+from .trials import AUTOMATIC, TUNED, Trial, about_as_fast
 
 QUERY_CHUNKS = (256, 512, 1024, 2048, 4096)
 KV_CHUNKS = (256, 512, 1024, 4096)
@@ -117,6 +117,14 @@ class Exploration:
         best = self.recommended()
         others = [trial for trial in self.trials if best and trial.fits and trial is not best]
         return [trial for trial in others if trial.faster_than(best) is None]
+
+    def remarks(self, trial: Trial) -> list[str]:
+        """What a table says of a trial beside the recommended one."""
+        best = self.recommended()
+        close = best and trial.rounds and trial is not best and about_as_fast(trial, best)
+        unclear = any(trial is other for other in self.undecided())
+        said = (("about as fast", close), ("too unsteady to tell", unclear), ("over the memory limit", not trial.fits))
+        return [words for words, true in said if true]
 
     def _unclear(self) -> bool:
         """Whether more rounds may tell more: which is the fastest, or whether it is faster than the present setting."""

@@ -9,7 +9,7 @@ from .explain import megabytes
 from .explore import Exploration
 from .measure import processor_seconds, share_of_others
 from .plan_command import table
-from .trials import TUNED, Trial, about_as_fast
+from .trials import TUNED, Trial
 
 BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -76,11 +76,8 @@ def _table_rows(exploration: Exploration) -> list[dict[str, str]]:
 def _marks(trial: Trial, exploration: Exploration) -> list[str]:
     recommended, today = exploration.recommended(), exploration.today()
     marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
-    if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
-        marks.append("about as fast")
-    marks += ["too unsteady to tell"] * any(trial is other for other in exploration.undecided())
     marks += ["Pareto front"] * any(trial is other for other in exploration.pareto_front())
-    return marks + ["over the memory limit"] * (not trial.fits)
+    return marks + exploration.remarks(trial)
 
 
 def _conclusions(exploration: Exploration) -> list[str]:

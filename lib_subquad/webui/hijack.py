@@ -18,7 +18,7 @@ class Hook:
     our function, called while not in force, steps aside.
     """
 
-    def __init__(self, owner: type, name: str, function: Callable) -> None:
+    def __init__(self, owner: object, name: str, function: Callable) -> None:
         self.owner, self.name, self.function = owner, name, function
         self._applied = False
         self._before = self._first = self.standing

@@ -152,12 +152,7 @@ def trial_table(exploration: Exploration) -> str:
     rows = []
     for trial in sorted(shown.values(), key=lambda trial: (not trial.rounds, trial.seconds)):
         marks = [words for mark, words in ((recommended, "recommended"), (today, "today")) if trial is mark]
-        if recommended and trial.rounds and trial is not recommended and about_as_fast(trial, recommended):
-            marks.append("about as fast")
-        if any(trial is other for other in exploration.undecided()):
-            marks.append("too unsteady to tell")
-        if not trial.fits:
-            marks.append("over the memory limit")
+        marks += exploration.remarks(trial)
         measured = f"{trial.repeats} times" if trial.rounds else "once"
         time = f"{trial.seconds * 1e3:.1f} ms"
         rows.append([trial.label, time, measured, megabytes(trial.peak_bytes), ", ".join(marks)])
