@@ -57,6 +57,13 @@ class Option:
         except Exception:  # a value whose own str() or float() fails is as broken as any other
             return self.default
 
+    def put_right(self, name: str, value: Any) -> tuple[Any, list[str]]:
+        """`nearest(value)`, and a sentence if that is not what was given for `name`."""
+        legal = self.nearest(value)
+        if _same(value, legal):
+            return legal, []
+        return legal, [f"{name} is {shown(value)}, expected {self.expected}; using {legal!r}"]
+
 
 def _as_bool(value: Any, default: bool) -> bool:
     if isinstance(value, (int, float)) and value in (0, 1):
@@ -169,9 +176,8 @@ class Settings:
         for name, option in OPTIONS.items():
             if name not in values:
                 continue
-            legal[name] = option.nearest(values[name])
-            if not _same(values[name], legal[name]):
-                changed.append(f"{name} is {shown(values[name])}, expected {option.expected}; using {legal[name]!r}")
+            legal[name], told = option.put_right(name, values[name])
+            changed += told
         return cls(**legal), changed
 
 

@@ -1,19 +1,24 @@
 """The one door: the web UI runs this file, and each callback goes on to lib_subquad.webui."""
 
+from functools import partial
+
 from modules import script_callbacks, scripts
 
-from lib_subquad.webui import api, axes, infotext, optimizer, options, tab
+from lib_subquad.webui import api, axes, infotext, options, tab
+from lib_subquad.webui.hosts import host
 
 # "Reload custom script bodies" runs this file again without unloading it first.
 script_callbacks.remove_current_script_callbacks()
 
-options.register()  # here too: --nowebui never asks for the settings
-script_callbacks.on_ui_settings(options.register)
-script_callbacks.on_list_optimizers(optimizer.list_entry)
-script_callbacks.on_script_unloaded(optimizer.unload)
+register_options = partial(options.register, host().has_switch)
+register_options()  # here too: --nowebui never asks for the settings
+script_callbacks.on_ui_settings(register_options)
+script_callbacks.on_script_unloaded(host().undo)
 script_callbacks.on_before_ui(axes.register)
 script_callbacks.on_ui_tabs(tab.create)
 script_callbacks.on_app_started(api.mount)
+for name, callback in host().callbacks().items():
+    getattr(script_callbacks, name)(callback)
 
 
 class Subquad(scripts.Script):
@@ -32,6 +37,9 @@ class Subquad(scripts.Script):
         infotext.begin(p)
 
     def process_batch(self, p, *args, **kwargs):
+        infotext.begin_batch(p)
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
         infotext.begin_batch(p)
 
     def postprocess_batch(self, p, *args, **kwargs):

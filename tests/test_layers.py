@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import softmax
 
 from lib_subquad import Settings
-from lib_subquad.layers import attn_block, cross_attention
+from lib_subquad.layers.ldm import attn_block, cross_attention
 
 with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
     ldm_attention = pytest.importorskip("ldm.modules.attention", reason="stable-diffusion-sdkit is not installed")

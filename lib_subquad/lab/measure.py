@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..layers import cross_attention
+from ..layers.ldm import cross_attention
 from ..plan import plan_problem
 from ..problem import Problem
 from . import meter

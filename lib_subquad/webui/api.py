@@ -8,8 +8,8 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
 from ..lab.explain import Row
-from . import models, options, status
-from .optimizer import ENTRY
+from . import models, status
+from .hosts import host
 from .words import sendable
 
 
@@ -40,7 +40,8 @@ class PlanResponse(BaseModel):
 
 
 class StatusResponse(BaseModel):
-    active: bool = Field(description="whether subquad is the attention optimization in use")
+    active: bool = Field(description="whether subquad computes attention")
+    standing: str = Field("", description="the same in words, with what the web UI would use instead")
     summary: str
     calls: int
     retries: int
@@ -48,8 +49,13 @@ class StatusResponse(BaseModel):
     query_chunk: Optional[int] = None  # noqa: UP045
     kv_chunk: Optional[int] = None  # noqa: UP045
     workspace_bytes: Optional[int] = Field(None, description="the largest of any call")  # noqa: UP045
-    layers: int = Field(0, description="cross-attention layers of the model that made the last image")
+    layers: int = Field(
+        0,
+        description="cross-attention layers of the model that made the last image; "
+        "where the web UI holds attention as a function, modules that hold it",
+    )
     out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")
+    passed_on: dict[str, int] = Field({}, description="calls left to the web UI's own attention: reason -> calls")
 
 
 def mount(_page, app: FastAPI) -> None:
@@ -68,7 +74,7 @@ def mount(_page, app: FastAPI) -> None:
 
 def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: str = models.LOADED) -> PlanResponse:
     """How attention would be computed for an image of this size: a row for every distinct shape."""
-    settings = options.current()
+    settings = host().settings()
     try:
         found, rows = models.rows_for(checkpoint, width, height, batch, settings)
     except models.Refused as error:
@@ -84,18 +90,20 @@ def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: 
 
 def status_route() -> StatusResponse:
     """Which optimization is active, and what the last generation took."""
-    seen = status.generation()
+    seen, standing = status.generation(), host().standing()
     fields = {}
     if seen.largest is not None:
         names = ("engine", "query_chunk", "kv_chunk", "workspace_bytes")
         fields = {name: getattr(seen.largest, name) for name in names}
     return StatusResponse(
-        active=ENTRY.active,
+        active=host().active,
+        standing=sendable(": ".join(filter(None, (standing.is_so, standing.why)))),
         summary=sendable(status.summary()),
         calls=seen.calls,
         retries=seen.retries,
-        layers=seen.layers,
-        out_of_reach={sendable(owner): count for owner, count in seen.out_of_reach.items()},
+        layers=seen.reach.places,
+        out_of_reach={sendable(owner): count for owner, count in seen.reach.owners.items()},
+        passed_on=dict(seen.passed_on),
         **fields,
     )
 

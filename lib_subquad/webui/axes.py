@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from modules import scripts
 
-from ..settings import OPTIONS
 from . import options
 
 AXES = {
+    "[Subquad] Use": "use",  # only where there is a switch
     "[Subquad] Query chunk": "query_chunk",
     "[Subquad] KV chunk": "kv_chunk",
     "[Subquad] Engine": "engine",
@@ -22,13 +22,14 @@ def register() -> None:
     for data in scripts.scripts_data:
         module = getattr(data, "module", None)
         if data.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid") and hasattr(module, "axis_options"):
-            known = {axis.label for axis in module.axis_options}
-            module.axis_options += [_axis(module, label, name) for label, name in AXES.items() if label not in known]
+            known, offered = {axis.label for axis in module.axis_options}, options.offered()
+            wanted = {label: name for label, name in AXES.items() if label not in known and name in offered}
+            module.axis_options += [_axis(module, label, name) for label, name in wanted.items()]
             return
 
 
 def _axis(module, label: str, name: str):
-    option = OPTIONS[name]
+    option = options.offered()[name]
     return module.AxisOption(
         label,
         str if option.choices else int,
@@ -46,7 +47,7 @@ def _override(name: str) -> Callable:
 
 
 def _confirm(label: str, name: str) -> Callable:
-    option = OPTIONS[name]
+    option = options.offered()[name]
 
     def confirm(p, values):
         for value in values:

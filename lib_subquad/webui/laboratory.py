@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator
 from html import escape
 
-from modules import call_queue, sd_hijack, shared
+from modules import shared
 
 from .. import device as devices
 from ..lab.explore import Exploration
 from ..lab.trials import TUNED
 from . import models, options, status, words
-from .models import Refused
-from .optimizer import ENTRY
+from .hosts import host
+from .hosts.base import Refused
 
 
 class Measurement:
@@ -55,7 +55,7 @@ class Laboratory:
 
     def explain(self, checkpoint: str, width, height, batch) -> str:
         """The plan table, as HTML."""
-        settings = options.current()
+        settings = host().settings()
         try:
             found, rows = models.rows_for(checkpoint, width, height, batch, settings)
             largest = models.largest(found, width, height, batch, settings) if rows else None
@@ -87,7 +87,7 @@ class Laboratory:
             measurement.end()
 
     def _measure(self, measurement: Measurement, *question) -> Iterator[str]:
-        settings = options.current()
+        settings = host().settings()
         try:
             _, rows = models.rows_for(*question, settings)
         except Refused as error:
@@ -96,8 +96,8 @@ class Laboratory:
         if not rows:
             yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves.")
             return
-        device = models.device()
-        if not call_queue.queue_lock.acquire(blocking=False):
+        device = host().device()
+        if not host().lock().acquire(blocking=False):
             busy = "Another page is measuring" if self._measuring else "An image is being made"
             yield words.CSS + words.warning(f"{busy}: measure when it is done.")
             return
@@ -116,7 +116,7 @@ class Laboratory:
                 devices.release_cached(device)
             finally:  # whatever became of the device: without the lock no image is made any more
                 self._measuring = False
-                call_queue.queue_lock.release()
+                host().lock().release()
         if not exploration.trials:
             why = "Cancelled before a first setting was measured." if measurement.cancelled else "Nothing fits here."
             yield words.CSS + words.warning(why)
@@ -160,43 +160,30 @@ class Laboratory:
 
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""
-        if ENTRY.active:
-            active = "<b>subquad is active.</b>"
-        elif sd_hijack.current_optimizer is ENTRY:
-            active = (
-                "<b>subquad is selected, but not active</b>: the web UI has switched it off for now, as it does while "
-                "it trains or has no model loaded."
-            )
-        else:
-            current = sd_hijack.current_optimizer
-            name = current.title() if current is not None else "None"
-            active = (
-                f"<b>subquad is not active</b>: the web UI uses {escape(name)}. Select <i>{escape(ENTRY.title())}</i> "
-                "in Settings, Optimizations, Cross attention optimization."
-            )
-        line = words.line(f"{active} {words.last_generation(status.generation())}")
+        standing = host().standing()
+        why = f": {escape(standing.why)}" if standing.why else "."
+        line = words.line(f"<b>{standing.is_so}</b>{why} {words.last_generation(status.generation())}")
         return words.CSS + line + "".join(words.kept_setting(name, word) for name, word in options.kept().items())
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
     """Write settings as the web UI's own page does: what happened, and the values that were set."""
-    changed, refused, in_force = {}, [], options.current()
+    changed, refused, in_force = {}, [], host().settings()
     for name, value in wanted.items():
         before = getattr(shared.opts, options.key(name))
         if value in (before, getattr(in_force, name)):  # a word that is kept although it is not known here stays
             continue
         try:
-            if shared.opts.set(options.key(name), value):
+            if host().set(options.key(name), value):
                 changed[name] = (before, value)
             else:
                 refused.append(f"{options.key(name)} cannot be changed here")
         except AssertionError as error:  # --freeze-settings and its kin
             refused.append(str(error))
     told = [f"{options.OPTIONS[name].label}: {before} → {value}" for name, (before, value) in changed.items()]
-    config = getattr(shared, "config_filename", None)  # the demo keeps none
-    if changed and config:
+    if changed:
         try:
-            shared.opts.save(config)
+            host().save()
         except (AssertionError, OSError) as error:
             refused.append(f"not saved to the config file: {error}")
     message = ". ".join([*told, *refused]) or "Nothing to change: these settings are in force already."

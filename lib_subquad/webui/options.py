@@ -1,4 +1,7 @@
-"""The settings section: each field of Settings is the option `subquad_<field>`, read anew at every call."""
+"""The settings section: each field of Settings is the option `subquad_<field>`, read anew at every call.
+
+Where the web UI offers no choice of attention, there is one more: `subquad_use`, the switch.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,26 @@ from ..settings import OPTIONS, Option, Settings
 
 PREFIX = "subquad_"
 SECTION = ("subquad", "Sub-quadratic attention")
+HIDDEN = (None, "Hidden options")  # the web UI's own, for options that have no place on its page
 CATEGORY = "sd"  # the heading "Stable Diffusion", beside Optimizations; known to the web UI from 1.7 on
+
+# What the switch makes ours, by part of the model.
+USES = {
+    "off": (),
+    "everything": ("unet", "vae"),
+    "U-Net or transformer only": ("unet",),
+    "VAE only": ("vae",),
+}
+USE = Option(
+    "off",
+    "Use subquad",
+    "For which part of the model subquad computes attention instead of the web UI. Takes effect on the next image.",
+    choices=tuple(USES),
+)
 
 # What the infotext calls a field: part of images that people keep, so these never change.
 INFOTEXT = {
+    "use": "Subquad use",
     "query_chunk": "Subquad query chunk",
     "kv_chunk": "Subquad KV chunk",
     "memory_limit": "Subquad memory limit",
@@ -31,6 +50,7 @@ INFOTEXT = {
 # The web UI's own flags for its sub-quadratic attention; given on the command line, they are our defaults.
 FLAGS = {"query_chunk": "sub_quad_q_chunk_size", "kv_chunk": "sub_quad_kv_chunk_size"}
 
+_offered: dict[str, Option] = dict(OPTIONS)
 _said: set[str] = set()
 _last: tuple[tuple, Settings] | None = None
 
@@ -40,15 +60,37 @@ def key(name: str) -> str:
     return PREFIX + name
 
 
-def register() -> None:
-    """Add the options, or bring them up to date; values that a hand-edited config broke are put right."""
-    for name, option in OPTIONS.items():
+def register(switch: bool = False) -> None:
+    """Add the options, or bring them up to date; values that a hand-edited config broke are put right.
+
+    `switch`: the user chooses here whether subquad is used, because the web UI has no list to choose it from.
+    """
+    if switch:
+        _offered.update({"use": USE, **_offered})
+    for name, option in _offered.items():
         shared.opts.add_option(key(name), _info(name, option))
     put_right()
 
 
-def current() -> Settings:
-    """The settings as they are now, overrides of this request included; whatever was broken is in range."""
+def offered() -> dict[str, Option]:
+    """Every option that is registered: the fields of Settings, and the switch where there is one."""
+    return dict(_offered)
+
+
+def use() -> tuple[str, ...]:
+    """The parts of the model that the switch makes ours now, overrides of this request included."""
+    given = getattr(shared.opts, key("use"), USE.default)
+    if given not in USES:
+        _say({"use": given})
+    return USES[USE.nearest(given)]
+
+
+def current(upcasts: bool | None = None) -> Settings:
+    """The settings as they are now, overrides of this request included; whatever was broken is in range.
+
+    `upcasts`: what the web UI's own rule says of this call, where the setting follows it; where it has no rule but its
+    setting *Upcast cross attention layer to float32*, that.
+    """
     global _last
     values = tuple(getattr(shared.opts, key(name), option.default) for name, option in OPTIONS.items())
     known = _last  # one read: the thread that draws previews may replace it
@@ -60,8 +102,8 @@ def current() -> Settings:
         _say(given)
         _last = (values, settings)
     if settings.upcast == "web UI":
-        upcast = getattr(shared.opts, "upcast_attn", False)
-        return dataclasses.replace(settings, upcast="always" if upcast else "never")
+        upcasts = getattr(shared.opts, "upcast_attn", False) if upcasts is None else upcasts
+        return dataclasses.replace(settings, upcast="always" if upcasts else "never")
     return settings
 
 
@@ -70,18 +112,17 @@ def put_right() -> None:
 
     A word that is none of an option's choices stays: another version or another machine knows it.
     """
-    for name in OPTIONS:
+    for name, option in _offered.items():
         stored = shared.opts.data.get(key(name))
-        given = {} if stored is None else {name: stored}
-        settings, _ = Settings.nearest(given)
-        _say(given)
+        if stored is not None:
+            _say({name: stored})
         if key(name) in shared.opts.data and not _unknown_word(name, stored):
-            shared.opts.data[key(name)] = default(name) if stored is None else getattr(settings, name)
+            shared.opts.data[key(name)] = default(name) if stored is None else option.nearest(stored)
 
 
 def kept() -> dict[str, str]:
     """Field -> the word that is stored for it and not known here; the default holds meanwhile."""
-    stored = {name: shared.opts.data.get(key(name)) for name in OPTIONS}
+    stored = {name: shared.opts.data.get(key(name)) for name in _offered}
     return {name: value for name, value in stored.items() if _unknown_word(name, value)}
 
 
@@ -90,14 +131,13 @@ def default(name: str):
     flag = FLAGS.get(name)
     passed = flag and any(arg.split("=")[0] == "--" + flag.replace("_", "-") for arg in sys.argv)
     value = getattr(shared.cmd_opts, flag, None) if passed else None
-    return OPTIONS[name].default if value is None else OPTIONS[name].nearest(value)
+    return _offered[name].default if value is None else _offered[name].nearest(value)
 
 
 def changed_from_default() -> dict[str, object]:
-    """Infotext name -> value for every field that differs from the library's default."""
-    settings, _ = Settings.nearest({name: getattr(shared.opts, key(name), None) for name in OPTIONS})
-    values = dataclasses.asdict(settings)
-    return {INFOTEXT[name]: value for name, value in values.items() if value != OPTIONS[name].default}
+    """Infotext name -> value for every option that differs from the library's default."""
+    values = {name: option.nearest(getattr(shared.opts, key(name), None)) for name, option in _offered.items()}
+    return {INFOTEXT[name]: value for name, value in values.items() if value != _offered[name].default}
 
 
 def _info(name: str, option: Option):
@@ -114,7 +154,7 @@ def _info(name: str, option: Option):
         component,
         arguments,
         onchange=put_right,
-        section=SECTION,
+        section=HIDDEN if name == "vae" and "use" in _offered else SECTION,  # there the switch says it
         infotext=INFOTEXT[name],
     )
     info.category_id = CATEGORY
@@ -127,11 +167,11 @@ def _identical(one: tuple, other: tuple) -> bool:
 
 def _choices(name: str) -> list[str]:
     """The choices, and a word that is stored and not known here, so that a page shows what it is about to save."""
-    return [*OPTIONS[name].choices, *(word for field, word in kept().items() if field == name)]
+    return [*_offered[name].choices, *(word for field, word in kept().items() if field == name)]
 
 
 def _unknown_word(name: str, value) -> bool:
-    choices = [choice.casefold() for choice in OPTIONS[name].choices]
+    choices = [choice.casefold() for choice in _offered[name].choices]
     is_word = isinstance(value, str) and value.isprintable() and value.strip() != ""  # half a character cannot be saved
     return bool(choices) and is_word and value.strip().casefold() not in choices
 
@@ -139,7 +179,7 @@ def _unknown_word(name: str, value) -> bool:
 def _say(values: Mapping[str, object]) -> None:
     """Tell the console about values that cannot be used, once."""
     for name, value in values.items():
-        for message in Settings.nearest({name: value})[1]:
+        for message in _offered[name].put_right(name, value)[1]:
             message += " meanwhile, and keeping what was saved" if _unknown_word(name, value) else ""
             if message not in _said:
                 _said.add(message)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-
-from torch import nn
 
 from ..plan import Plan
 from ..retry import RETRY_REASON
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many places of a model attend, and whose are those that did not come to us: owner -> how many."""
+
+    places: int = 0
+    what: str = "layers"
+    owners: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -15,8 +23,8 @@ class Generation:
     """What was seen since a generation began. A live preview that decodes on another thread may add to it as well.
 
     `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to. `served` holds the
-    `id` of every cross-attention layer that made a call, `layers` how many the model has, and `out_of_reach` whose are
-    those that made none: owner -> layers.
+    `id` of every place that made a call: a cross-attention layer, or a function that the web UI holds somewhere.
+    `passed_on` counts the calls that came to us and that the web UI's own attention computed, by the reason.
     """
 
     calls: int = 0
@@ -24,13 +32,13 @@ class Generation:
     remembered: bool = False
     largest: Plan | None = None
     served: set[int] = field(default_factory=set)
-    layers: int = 0
-    out_of_reach: dict[str, int] = field(default_factory=dict)
+    passed_on: Counter[str] = field(default_factory=Counter)
+    reach: Reach = Reach()
 
-    def record(self, plan: Plan, layer: nn.Module | None) -> None:
+    def record(self, plan: Plan, place: object | None) -> None:
         self.calls += 1
-        if layer is not None:
-            self.served.add(id(layer))
+        if place is not None:
+            self.served.add(id(place))
         self.retries += plan.retries
         self.remembered = self.remembered or not plan.retries and RETRY_REASON in plan.reasons
         if self.largest is None or plan.workspace_bytes >= self.largest.workspace_bytes:
@@ -46,9 +54,14 @@ def begin() -> None:
     _generation = Generation()
 
 
-def record(plan: Plan, layer: nn.Module | None = None) -> None:
-    """One call of attention was carried out by `plan`, for this cross-attention layer if it is one's."""
-    _generation.record(plan, layer)
+def record(plan: Plan, place: object | None = None) -> None:
+    """One call of attention was carried out by `plan`, for this place of the model if it is known."""
+    _generation.record(plan, place)
+
+
+def pass_on(reason: str) -> None:
+    """One call was left to the web UI's own attention."""
+    _generation.passed_on[reason] += 1
 
 
 def generation() -> Generation:
@@ -66,8 +79,13 @@ def summary() -> str:
 
 
 def missed(seen: Generation) -> list[str]:
-    """A sentence about the layers that others computed, if any did."""
-    if not seen.out_of_reach:
-        return []
-    whose = ", ".join(f"{owner} ({count})" for owner, count in seen.out_of_reach.items())
-    return [f"{sum(seen.out_of_reach.values())} of {seen.layers} layers were out of reach: {whose} computed them."]
+    """A sentence about the layers that others computed, and one about the calls that were none of ours, if any."""
+    sentences = []
+    if owners := seen.reach.owners:
+        whose = ", ".join(f"{owner} ({count})" for owner, count in owners.items())
+        missing = f"{sum(owners.values())} of {seen.reach.places} {seen.reach.what}"
+        sentences.append(f"{missing} were out of reach: {whose} computed them.")
+    if passed := seen.passed_on:
+        why = ", ".join(f"{reason} ({count})" for reason, count in passed.most_common())
+        sentences.append(f"{sum(passed.values())} calls were left to the web UI's own attention: {why}.")
+    return sentences

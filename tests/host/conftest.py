@@ -22,10 +22,11 @@ def subquad(host):
     host.load_extension()
     from modules import sd_hijack, shared
 
-    from lib_subquad.webui import infotext, optimizer, options, status
+    from lib_subquad.webui import infotext, options, status
+    from lib_subquad.webui.hosts import a1111
 
     return SimpleNamespace(
-        entry=optimizer.ENTRY,
+        entry=a1111.ENTRY,
         infotext=infotext,
         options=options,
         status=status,

@@ -90,9 +90,9 @@ def test_vae_decides_at_each_call(subquad, vae):
 @pytest.mark.parametrize("hosts", [True, False])
 def test_upcast_attn_is_read_at_each_call(subquad, hooked, monkeypatch, hosts):
     seen = []
-    from lib_subquad.webui import optimizer
+    from lib_subquad.webui.hosts import a1111
 
-    monkeypatch.setattr(optimizer.layers, "cross_attention", lambda *_, settings, **__: seen.append(settings.upcast))
+    monkeypatch.setattr(a1111.ldm, "cross_attention", lambda *_, settings, **__: seen.append(settings.upcast))
     layer, x, context, _ = hooked
     subquad.opts.data["upcast_attn"] = hosts
     layer(x, context)

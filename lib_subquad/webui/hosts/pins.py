@@ -7,18 +7,16 @@ FABRIC, IP-Adapter and the built-in Hypertile do so.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from types import FunctionType, MethodType
+from types import MethodType
 
 from modules import sd_models
 from torch import nn
 
-from .hijack import home, is_hosts, is_ours, underlying
+from .hooks import SOMETHING_ELSE, is_hosts, is_ours, owner
 
 HYPERTILE = "__webui_hypertile_params"  # where Hypertile keeps a layer's forward, for as long as the model is loaded
-SOMETHING_ELSE = "something else"
 
 
 def take_back(classes: tuple[type, ...]) -> None:
@@ -60,12 +58,7 @@ def _forward_of_class(layer: nn.Module, *args, **kwargs):
 
 
 def _owner(layer: nn.Module) -> str:
-    """The extension that has its own forward on a layer or on its class, by the folder that its code lies in."""
-    for forward in (vars(layer).get("forward"), type(layer).forward):
-        if forward is None or is_hosts(forward) or is_ours(forward):
-            continue
-        function = underlying(forward)
-        path = function.__code__.co_filename if isinstance(function, FunctionType) else ""
-        folder = re.search(r"[\\/]extensions(?:-builtin)?[\\/]([^\\/]+)", path)
-        return folder[1] if folder else home(forward) or SOMETHING_ELSE
-    return SOMETHING_ELSE
+    """The extension that has its own forward on a layer or on its class."""
+    forwards = (vars(layer).get("forward"), type(layer).forward)
+    foreign = (it for it in forwards if it is not None and not is_hosts(it) and not is_ours(it))
+    return next(map(owner, foreign), SOMETHING_ELSE)

@@ -1,40 +1,49 @@
-"""The entry under Settings -> Optimizations -> Cross attention optimization."""
+"""AUTOMATIC1111's web UI and those that have its list of optimizations: ours is an entry of it.
+
+Settings -> Optimizations -> Cross attention optimization.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable
 
-from modules import sd_hijack, sd_hijack_optimizations, shared
+from modules import call_queue, sd_hijack, sd_hijack_optimizations, sd_models, shared  # noqa: F401 - for `base`
 from modules.hypernetworks import hypernetwork
+from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent, this is no such web UI
+from modules.sd_hijack_optimizations import SdOptimization
 
-from .. import layers
-from . import options, pins, status
-from .hijack import Hook
+from ...layers import ldm, projections
+from .. import status
+from ..status import Reach
+from . import pins
+from .base import Host, Loaded, Refused, Standing, readable
+from .hooks import Hook
 
 
 def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
     def split_context(context):  # given the layer, it would register the hypernetwork as a part of the model
         return hypernetwork.apply_hypernetworks(shared.loaded_hypernetworks, context)
 
-    return layers.cross_attention(
+    return ldm.cross_attention(
         layer,
         x,
         context,
         mask,
         *args,
-        settings=options.current(),
+        settings=HOST.settings(),
         split_context=split_context if shared.loaded_hypernetworks else None,
-        report=functools.partial(status.record, layer=layer),
+        report=functools.partial(status.record, place=layer),
         **kwargs,
     )
 
 
 def attn_block_forward(layer, x, *args, **kwargs):
-    settings = options.current()
+    settings = HOST.settings()
     if settings.vae:
-        return layers.attn_block(layer, x, settings=settings, report=status.record, **kwargs)
+        return ldm.attn_block(layer, x, settings=settings, report=status.record, **kwargs)
     return ENTRY.hook_of(type(layer)).step_aside(layer, x, *args, **kwargs)
 
 
@@ -44,7 +53,7 @@ def sub_quadratic_attention(query, key, value, *args, **kwargs):
     The sizes they give are the web UI's defaults; the user's own settings hold here as everywhere.
     """
     if ENTRY.active:
-        return layers.attend(query, key, value, None, None, options.current(), status.record)
+        return projections.attend(query, key, value, None, None, HOST.settings(), status.record)
     return ENTRY.built_in.step_aside(query, key, value, *args, **kwargs)
 
 
@@ -66,7 +75,7 @@ class Name(str):
         return repr(str(self))
 
 
-class Subquad(sd_hijack_optimizations.SdOptimization):
+class Subquad(SdOptimization):
     """What the web UI lists, applies and undoes."""
 
     # Extensions that bring attention of their own choose by this name, and know only those of the built-in ones: Tiled
@@ -140,12 +149,61 @@ class Subquad(sd_hijack_optimizations.SdOptimization):
 ENTRY = Subquad()
 
 
+class A1111(Host):
+    """A web UI with a list of optimizations, of which the user selects one."""
+
+    @property
+    def active(self) -> bool:
+        return ENTRY.active
+
+    def callbacks(self) -> dict[str, Callable]:
+        return {"on_list_optimizers": list_entry}
+
+    def prepare(self) -> None:
+        if ENTRY.active:
+            ENTRY.take_back_pins()
+
+    def undo(self) -> None:
+        """The web UI applies its setting anew when it has loaded its scripts again."""
+        ENTRY.undo()
+        if sd_hijack.current_optimizer is ENTRY:
+            sd_hijack.current_optimizer = None
+
+    def standing(self) -> Standing:
+        if ENTRY.active:
+            return Standing("subquad is active")
+        if sd_hijack.current_optimizer is ENTRY:
+            return Standing(
+                "subquad is selected, but not active",
+                "the web UI has switched it off for now, as it does while it trains or has no model loaded.",
+            )
+        current = sd_hijack.current_optimizer
+        name = current.title() if current is not None else "None"
+        return Standing(
+            "subquad is not active",
+            f"the web UI uses {name}. Select \u201c{ENTRY.title()}\u201d in Settings, Optimizations, Cross attention "
+            "optimization.",
+        )
+
+    def reach(self, served: set[int]) -> Reach:
+        places, owners = ENTRY.out_of_reach(served)
+        return Reach(places, "layers", owners)
+
+    def loaded(self) -> Loaded:
+        model = sd_models.model_data.sd_model  # shared.sd_model would load one
+        if model is None:
+            raise Refused("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+        filename = readable(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
+        return Loaded(filename, lambda: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+ENTRY = Subquad()
+HOST = A1111()
+
+
+def find() -> A1111:
+    return HOST
+
+
 def list_entry(optimizers: list) -> None:
     optimizers.append(ENTRY)
-
-
-def unload() -> None:
-    """Before scripts are loaded again: no class keeps a hook, and the web UI applies its setting anew."""
-    ENTRY.undo()
-    if sd_hijack.current_optimizer is ENTRY:
-        sd_hijack.current_optimizer = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from types import FunctionType, MethodType
 
 # The packages of the host, whose functions a guest may have found and put back. Its extensions have other names.
-HOST = ("modules", "ldm", "sgm")
+HOST_PACKAGES = ("modules", "ldm", "sgm")
+SOMETHING_ELSE = "something else"
 
 
 class Hook:
@@ -73,8 +75,16 @@ def home(function: object) -> str:
     return function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
 
 
+def owner(function: object) -> str:
+    """The extension whose code `function` is, by the folder that it lies in."""
+    plain = underlying(function)
+    path = plain.__code__.co_filename if isinstance(plain, FunctionType) else ""
+    folder = re.search(r"[\\/]extensions(?:-builtin)?[\\/]([^\\/]+)", path)
+    return folder[1] if folder else home(plain) or SOMETHING_ELSE
+
+
 def is_hosts(function: object) -> bool:
-    return home(function).split(".")[0] in HOST
+    return home(function).split(".")[0] in HOST_PACKAGES
 
 
 def is_ours(function: object) -> bool:

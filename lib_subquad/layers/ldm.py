@@ -1,4 +1,4 @@
-"""The forwards of latent diffusion's attention layers, written on attention(). They know no web UI.
+"""The forwards of latent diffusion's attention layers.
 
 `CrossAttention` is that of `ldm.modules.attention` and `sgm.modules.attention`, `AttnBlock` that of
 `ldm.modules.diffusionmodules.model` and `sgm.modules.diffusionmodules.model`.
@@ -11,13 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import device as devices
-from .attention import attention
-from .plan import Plan
-from .problem import HALF_DTYPES
-from .settings import Settings
-
-Report = Callable[[Plan], None]
+from .. import device as devices
+from ..settings import Settings
+from .projections import Report, attend
 
 
 def cross_attention(
@@ -90,23 +86,6 @@ def attn_block(
     del normed
     output = attend(query, key, value, None, None, settings, report)
     return x + layer.proj_out(output[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    settings: Settings,
-    report: Report | None,
-) -> Tensor:
-    """attention() for projections whose dtypes a patch (a LoRA in float32, say) has set apart."""
-    dtype = query.dtype
-    key = key.to(dtype)
-    if value.dtype != dtype and not (dtype == torch.float32 and value.dtype in HALF_DTYPES):
-        value = value.to(dtype)
-    return attention(query, key, value, mask=mask, scale=scale, settings=settings, report=report)
 
 
 def _across_frames(tensor: Tensor, batch: int, every: int) -> Tensor:

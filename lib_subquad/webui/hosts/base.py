@@ -1,0 +1,146 @@
+"""What the rest of the extension asks of the web UI that it runs in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from modules import shared
+
+from ...settings import Settings
+from .. import options
+from ..status import Reach
+
+VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
+
+
+class Refused(ValueError):
+    """A question that cannot be answered; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether subquad computes attention here, in words: what is so, why, and what to do about it. All plain text."""
+
+    is_so: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model that makes the images.
+
+    `filename` is its file, empty where it has none; `shapes` makes tensor name -> shape, under the names that
+    checkpoints have; `note` is a sentence for whoever asked about it, if there is something to say.
+    """
+
+    filename: str = ""
+    shapes: Callable[[], dict[str, tuple[int, ...]]] | None = None
+    note: str = ""
+
+
+class Host:
+    """The least that a web UI can be: callbacks, scripts and options, and no attention that anybody could replace.
+
+    A kind of web UI is a subclass in a file of its own. What it does not say otherwise is answered here by whatever the
+    web UI happens to have loaded: nothing here needs a name that another one lacks.
+    """
+
+    has_switch = False  # whether *Use subquad* is a setting of ours, because the web UI offers no choice of attention
+    active = False  # whether attention of the next image is ours
+
+    def callbacks(self) -> dict[str, Callable]:
+        """What is to be called by callbacks that only this kind of web UI has: `on_...` -> function."""
+        return {}
+
+    def prepare(self) -> None:
+        """Before a generation: what others put in our place, or loaded since, comes to us again."""
+
+    def undo(self) -> None:
+        """Nothing of ours stays in the web UI: its scripts are unloaded."""
+
+    def standing(self) -> Standing:
+        return Standing(
+            "subquad is not active here",
+            "this web UI keeps its attention where no extension can replace it. The tab still tells what attention "
+            "costs; the settings wait for a web UI that has a list of optimizations or attention as a function.",
+        )
+
+    def settings(self) -> Settings:
+        """The user's, as they are now, with the web UI's own rule for upcasting in place."""
+        return options.current(bool(getattr(shared.opts, "upcast_attn", False)))
+
+    def parts(self, settings: Settings) -> tuple[str, ...]:
+        """The parts of a model in which attention is ours, or would be."""
+        return (UNET, VAE) if settings.vae else (UNET,)
+
+    def reach(self, served: set[int]) -> Reach:
+        """Which of the loaded model's places are not among `served`, the `id` of each that made a call."""
+        return Reach()
+
+    def loaded(self) -> Loaded:
+        """The model in memory, or the one that will be with the next image.
+
+        Raises:
+            Refused: there is none, or it does not show its layers.
+        """
+        raise Refused("This web UI does not show the loaded checkpoint. Choose one from the list.")
+
+    def checkpoints(self) -> dict[str, str]:
+        """Title -> file of every checkpoint on the web UI's list."""
+        listed = getattr(module("sd_models"), "checkpoints_list", {})
+        return {title: str(info.filename) for title, info in listed.items()}
+
+    def device(self) -> torch.device:
+        device = getattr(shared, "device", None) or getattr(module("devices"), "device", None)
+        return torch.device(device or "cpu")
+
+    def dtype(self) -> torch.dtype:
+        """What the U-Net or transformer computes in."""
+        devices = module("devices")
+        return getattr(devices, "dtype_unet", getattr(devices, "dtype", torch.float32))
+
+    def lock(self) -> threading.Lock:
+        """What the web UI holds while it makes an image; to be asked with `acquire(blocking=False)`."""
+        return getattr(module("call_queue"), "queue_lock", _NO_QUEUE)
+
+    def interrupted(self) -> bool:
+        """Whether the user cut the generation short."""
+        state = getattr(shared, "state", None)
+        return bool(getattr(state, "interrupted", False) or getattr(state, "skipped", False))
+
+    def set(self, key: str, value: object) -> bool:
+        """Change one of the web UI's settings, as its own page does; whether it changed.
+
+        Raises:
+            AssertionError: settings are frozen; the message says why.
+        """
+        return shared.opts.set(key, value)
+
+    def save(self) -> None:
+        """Write the settings where the web UI finds them when it starts.
+
+        Raises:
+            AssertionError, OSError: they cannot be written.
+        """
+        if config := getattr(shared, "config_filename", None):  # the demo keeps none
+            shared.opts.save(config)
+
+
+def module(name: str) -> ModuleType | None:
+    """`modules.<name>` where the web UI has loaded it; never loads it itself, for that may start something."""
+    return sys.modules.get(f"modules.{name}")
+
+
+def readable(filename: object) -> str:
+    """`filename` if a checkpoint can be read there without its model, else empty."""
+    filename = str(filename or "")
+    return filename if filename.endswith(".safetensors") and Path(filename).exists() else ""
+
+
+_NO_QUEUE = threading.Lock()

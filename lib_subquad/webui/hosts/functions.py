@@ -1,0 +1,223 @@
+"""Web UIs whose models call attention as a function, chosen once when they start: Forge, reForge and their kin.
+
+They have no list of optimizations, so whether subquad is used is a setting of ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import FunctionType
+
+import torch
+from torch import nn
+
+from ...settings import Settings
+from .. import options
+from ..status import Reach
+from . import places
+from .base import UNET, VAE, Host, Loaded, Refused, Standing, module, readable
+from .hooks import owner
+from .places import KEPT, Original, Place
+from .wrapper import Wrapper
+
+# What part of a function's name says what computes attention.
+KNOWN = {
+    "pytorch": "PyTorch's attention",
+    "xformers": "xformers",
+    "sage": "SageAttention",
+    "flash": "FlashAttention",
+    "sub_quad": "its own sub-quadratic attention",
+    "split": "split attention",
+    "slice": "split attention",
+    "normal": "split attention",
+    "basic": "plain attention",
+}
+CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
+
+
+class Kept:
+    """Stands in a class for the function that each of its instances keeps; the instances keep what they had."""
+
+    def __init__(self, host: Functions) -> None:
+        self._host = host
+        self._wrappers: dict[FunctionType, Wrapper] = {}
+
+    def __get__(self, instance: object, owner: type | None = None):
+        if instance is None:
+            return self
+        try:
+            kept = vars(instance)[KEPT]
+        except KeyError:
+            raise AttributeError(KEPT) from None  # nn.Module then looks among its parts
+        if kept not in self._wrappers and (original := places.kind_of(kept)):
+            self._wrappers[kept] = self._host.wrap(original)
+        return self._wrappers.get(kept, kept)
+
+    def __set__(self, instance: object, value: object) -> None:
+        vars(instance)[KEPT] = unwrapped(value)
+
+    def __delete__(self, instance: object) -> None:
+        del vars(instance)[KEPT]
+
+
+class Functions(Host):
+    """A web UI that binds attention to names in its modules."""
+
+    has_switch = True
+
+    def __init__(self) -> None:
+        self._originals: dict[FunctionType, Original] = {}
+        self._wrappers: dict[Place, Wrapper] = {}
+        self._classes: set[type] = set()
+        self._in_place = False
+
+    @property
+    def active(self) -> bool:
+        return bool(self.parts_in_use())
+
+    def prepare(self) -> None:
+        """Put a wrapper wherever an original is held: of what was loaded since, or is new, too."""
+        self.look()
+        if not self.active:
+            self.undo()
+            return
+        self._in_place = True
+        for owner_module in places.modules_that_attend():
+            for name, value in list(vars(owner_module).items()):
+                self._take(Place(owner_module, name), value)
+            for keeper in places.classes_that_keep(owner_module):
+                if keeper not in self._classes:
+                    setattr(keeper, KEPT, Kept(self))
+                    self._classes.add(keeper)
+
+    def undo(self) -> None:
+        """Every name is bound to the web UI's own again, also where a late import took ours along."""
+        self._in_place = False
+        for held_in in places.all_modules():
+            for name, value in list(vars(held_in).items()):
+                if isinstance(value, Wrapper):
+                    setattr(held_in, name, unwrapped(value))
+        for keeper in self._classes:
+            delattr(keeper, KEPT)
+        self._classes.clear()
+
+    def look(self) -> bool:
+        """Whether this web UI holds attention as a function; what it holds is known from then on."""
+        self._originals.update((found.function, found) for found in places.originals())
+        return bool(self._originals)
+
+    def wrap(self, original: Original) -> Wrapper:
+        return Wrapper(original, self._serves)
+
+    def standing(self) -> Standing:
+        own = self._own_in_words()
+        if not self.active:
+            return Standing(
+                "subquad is not active",
+                f"the web UI uses {own}. Choose what subquad computes in Settings, Sub-quadratic attention, "
+                f"\u201c{options.USE.label}\u201d.",
+            )
+        parts = self.parts_in_use()
+        where = "" if len(parts) > 1 else " in the VAE" if VAE in parts else " in the U-Net or transformer"
+        return Standing(f"subquad is active{where}", f"without it the web UI would use {own}.")
+
+    def settings(self) -> Settings:
+        return options.current(any(it.upcasts() for it in self._originals.values() if it.heads))
+
+    def parts(self, settings: Settings) -> tuple[str, ...]:
+        use = options.use() or (UNET, VAE)
+        return tuple(part for part in use if part != VAE or settings.vae)
+
+    def parts_in_use(self) -> tuple[str, ...]:
+        """The parts of a model in which attention is ours now."""
+        return self.parts(options.current(False)) if options.use() and self._originals else ()
+
+    def reach(self, served: set[int]) -> Reach:
+        own = (*self._originals, None)
+        foreign = {
+            place: place.held
+            for place, wrapper in self._wrappers.items()
+            if id(wrapper) not in served and not any(unwrapped(place.held) is it for it in own)
+        }
+        return Reach(
+            len(self._wrappers) + len(self._classes),
+            "modules that attend",
+            dict(Counter(map(owner, foreign.values())).most_common()),
+        )
+
+    def loaded(self) -> Loaded:
+        data = getattr(module("sd_models"), "model_data", None)
+        model = getattr(data, "sd_model", None)
+        info = getattr(model, "sd_checkpoint_info", None)
+        if hasattr(model, "forge_objects"):
+            return Loaded(readable(getattr(info, "filename", "")), lambda: _shapes(model))
+        chosen = self._chosen_file()
+        if not readable(chosen):
+            raise Refused("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+        return Loaded(chosen, note="It is not loaded yet: the web UI loads it for the next image.")
+
+    def dtype(self) -> torch.dtype:
+        unet = _parts_of(getattr(getattr(module("sd_models"), "model_data", None), "sd_model", None)).get("unet")
+        named = (getattr(unet, name, None) for name in ("computation_dtype", "manual_cast_dtype", "dtype"))
+        return next((it for it in named if isinstance(it, torch.dtype) and it.is_floating_point), super().dtype())
+
+    def _take(self, place: Place, value: object) -> None:
+        """Put a wrapper there if it is an original that is held; each place has one of its own."""
+        original = self._originals.get(unwrapped(value)) if isinstance(value, (FunctionType, Wrapper)) else None
+        if original is None or place.name == original.function.__name__:  # by its own name it is asked for itself
+            return
+        wrapper = self._wrappers.get(place)
+        if wrapper is None or wrapper.original != original:
+            wrapper = self._wrappers[place] = self.wrap(original)
+        if value is not wrapper:
+            setattr(place.owner, place.name, wrapper)
+
+    def _serves(self, part: str) -> bool:
+        return self._in_place and part in options.use() and (part != VAE or options.current(False).vae)
+
+    def _own_in_words(self) -> str:
+        """What the web UI computes attention by, where it is not ours."""
+        model, vae = (
+            " or ".join(dict.fromkeys(_in_words(it.function) for it in self._originals.values() if it.heads is heads))
+            for heads in (True, False)
+        )
+        return ", and in the VAE ".join(dict.fromkeys(filter(None, (model, vae))))
+
+    def _chosen_file(self) -> str:
+        """The checkpoint that the user has chosen, whether it is loaded or not."""
+        models = module("sd_models")
+        known = getattr(models, "checkpoint_aliases", {})
+        chosen = getattr(getattr(module("shared"), "opts", None), "sd_model_checkpoint", None)
+        return str(getattr(known.get(chosen), "filename", ""))
+
+
+def unwrapped(value: object) -> object:
+    return value.original.function if isinstance(value, Wrapper) else value
+
+
+def find() -> Functions | None:
+    host = Functions()
+    return host if host.look() else None
+
+
+def _in_words(function: FunctionType) -> str:
+    return next((words for part, words in KNOWN.items() if part in function.__name__), function.__name__)
+
+
+def _parts_of(model: object) -> dict[str, nn.Module]:
+    """Part of a checkpoint -> what holds its tensors, of a loaded model."""
+    objects = getattr(model, "forge_objects", None)
+    found = {
+        "unet": getattr(getattr(objects, "unet", None), "model", None),
+        "vae": getattr(getattr(objects, "vae", None), "first_stage_model", None),
+    }
+    return {part: it for part, it in found.items() if isinstance(it, nn.Module)}
+
+
+def _shapes(model: object) -> dict[str, tuple[int, ...]]:
+    """Tensor name, as checkpoints have it -> shape."""
+    return {
+        CHECKPOINT_PREFIXES[part] + name: tuple(tensor.shape)
+        for part, holder in _parts_of(model).items()
+        for name, tensor in holder.state_dict().items()
+    }

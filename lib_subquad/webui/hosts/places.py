@@ -1,0 +1,120 @@
+"""Where a web UI holds attention as a function, found by what such places look like.
+
+ComfyUI, Forge and their kin choose one of several functions when they start, and bind it to a second name in the module
+that defines them (`attention_function = attention_pytorch`): that module is a *home*, and the function an *original*.
+Modules that attend import it from there by whatever name they like; some classes of VAEs keep it in each instance. No
+product's name is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+
+import torch
+
+# Parts of a module's name, where it holds a text or image encoder: what those compute is small, and none of ours.
+ENCODERS = re.compile(
+    r"(^|[._])(t5\w*|u?mt5\w*|clip\w*|\w*_?clip|bert\w*|llama\w*|llm|gemma\w*|qwen\w*|mistral\w*|dino\w*|siglip\w*|"
+    r"text_encoders?|image_encoders?|text_processing)($|[._])"
+)
+KEPT = "optimized_attention"  # what classes call the function that each instance of theirs keeps
+QUERY_KEY_VALUE = (("q", "k", "v"), ("query", "key", "value"))
+
+
+@dataclass(frozen=True)
+class Original:
+    """One of the web UI's own functions: with heads, or that of the VAE's single one."""
+
+    function: FunctionType
+    heads: bool
+
+    def upcasts(self, precision: torch.dtype | None = None, dtype: torch.dtype | None = None) -> bool:
+        """Whether its home's own rule asks for float32, for a call's `attn_precision` and queries of this dtype."""
+        rule = getattr(sys.modules.get(self.function.__module__), "get_attn_precision", None)
+        if callable(rule):
+            precision = rule(*(precision, dtype)[: _parameters(rule)])
+        return precision == torch.float32
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name under which `owner`, a module or a class, holds attention."""
+
+    owner: ModuleType | type
+    name: str
+
+    @property
+    def held(self) -> object:
+        """What is held there; None where it is gone."""
+        return vars(self.owner).get(self.name)
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}"
+
+    def __hash__(self) -> int:
+        return hash((id(self.owner), self.name))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and self.owner is other.owner and self.name == other.name
+
+
+def kind_of(function: object) -> Original | None:
+    """The function as an original, if its parameters are those of attention."""
+    if not isinstance(function, FunctionType):
+        return None
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    names = tuple(parameter.name for parameter in parameters[:3])
+    if names not in QUERY_KEY_VALUE:
+        return None
+    if len(parameters) == 3:
+        return Original(function, heads=False)
+    return Original(function, heads=True) if parameters[3].name == "heads" else None
+
+
+def originals() -> Iterator[Original]:
+    """What homes hold under a name that is not the function's own. A function may come more than once."""
+    for module in all_modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, FunctionType) and _is_chosen(module, name, value) and (found := kind_of(value)):
+                yield found
+
+
+def _is_chosen(module: ModuleType, name: str, function: FunctionType) -> bool:
+    own = function.__module__ == module.__name__
+    return own and "attention" in name and name != function.__name__
+
+
+def modules_that_attend() -> Iterator[ModuleType]:
+    """Every module but those of encoders."""
+    return (module for module in all_modules() if not ENCODERS.search(module.__name__))
+
+
+def classes_that_keep(module: ModuleType) -> Iterator[type]:
+    """The classes of a module whose instances keep a function of attention."""
+    for value in list(vars(module).values()):
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            code = getattr(vars(value).get("__init__"), "__code__", None)
+            if code is not None and KEPT in code.co_names:
+                yield value
+
+
+def all_modules() -> Iterator[ModuleType]:
+    seen = set()
+    for module in list(sys.modules.values()):  # one may be there under two names
+        if isinstance(module, ModuleType) and id(module) not in seen and isinstance(module.__name__, str):
+            seen.add(id(module))
+            yield module
+
+
+@functools.cache
+def _parameters(function: Callable) -> int:
+    return len(inspect.signature(function).parameters)
