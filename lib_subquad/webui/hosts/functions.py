@@ -95,7 +95,7 @@ class Functions(Host):
         self._in_place = False
         for held_in in places.all_modules():
             for name, value in list(vars(held_in).items()):
-                if isinstance(value, Wrapper):
+                if type(value) is Wrapper:
                     setattr(held_in, name, unwrapped(value))
         for keeper in self._classes:
             delattr(keeper, KEPT)
@@ -163,7 +163,7 @@ class Functions(Host):
 
     def _take(self, place: Place, value: object) -> None:
         """Put a wrapper there if it is an original that is held; each place has one of its own."""
-        original = self._originals.get(unwrapped(value)) if isinstance(value, (FunctionType, Wrapper)) else None
+        original = self._originals.get(unwrapped(value)) if type(value) in (FunctionType, Wrapper) else None
         if original is None or place.name == original.function.__name__:  # by its own name it is asked for itself
             return
         wrapper = self._wrappers.get(place)
@@ -192,7 +192,7 @@ class Functions(Host):
 
 
 def unwrapped(value: object) -> object:
-    return value.original.function if isinstance(value, Wrapper) else value
+    return value.original.function if type(value) is Wrapper else value
 
 
 def find() -> Functions | None:

@@ -66,7 +66,7 @@ class Place:
 
 def kind_of(function: object) -> Original | None:
     """The function as an original, if its parameters are those of attention."""
-    if not isinstance(function, FunctionType):
+    if type(function) is not FunctionType:  # isinstance() would ask `__class__` of what warns when it is asked
         return None
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -84,7 +84,7 @@ def originals() -> Iterator[Original]:
     """What homes hold under a name that is not the function's own. A function may come more than once."""
     for module in all_modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, FunctionType) and _is_chosen(module, name, value) and (found := kind_of(value)):
+            if type(value) is FunctionType and _is_chosen(module, name, value) and (found := kind_of(value)):
                 yield found
 
 
@@ -101,7 +101,7 @@ def modules_that_attend() -> Iterator[ModuleType]:
 def classes_that_keep(module: ModuleType) -> Iterator[type]:
     """The classes of a module whose instances keep a function of attention."""
     for value in list(vars(module).values()):
-        if isinstance(value, type) and value.__module__ == module.__name__:
+        if issubclass(type(value), type) and value.__module__ == module.__name__:
             code = getattr(vars(value).get("__init__"), "__code__", None)
             if code is not None and KEPT in code.co_names:
                 yield value
@@ -110,7 +110,7 @@ def classes_that_keep(module: ModuleType) -> Iterator[type]:
 def all_modules() -> Iterator[ModuleType]:
     seen = set()
     for module in list(sys.modules.values()):  # one may be there under two names
-        if isinstance(module, ModuleType) and id(module) not in seen and isinstance(module.__name__, str):
+        if issubclass(type(module), ModuleType) and id(module) not in seen and isinstance(module.__name__, str):
             seen.add(id(module))
             yield module
 
