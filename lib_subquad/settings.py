@@ -126,7 +126,7 @@ OPTIONS: dict[str, Option] = {
         "web UI",
         "Upcast to float32",
         "Queries and keys in float32: the cure for black images from half-precision models, at up to twice the time. "
-        "'web UI' follows its own setting 'Upcast cross attention layer to float32'.",
+        "'web UI' follows its own rule, such as the setting 'Upcast cross attention layer to float32'.",
         choices=("web UI", "always", "never"),
     ),
     "vae": Option(

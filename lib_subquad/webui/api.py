@@ -52,7 +52,7 @@ class StatusResponse(BaseModel):
     layers: int = Field(
         0,
         description="cross-attention layers of the model that made the last image; "
-        "where the web UI holds attention as a function, modules that hold it",
+        "where the web UI holds attention as a function, places that hold it",
     )
     out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")
     passed_on: dict[str, int] = Field({}, description="calls left to the web UI's own attention: reason -> calls")

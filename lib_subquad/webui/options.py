@@ -65,8 +65,10 @@ def register(switch: bool = False) -> None:
 
     `switch`: the user chooses here whether subquad is used, because the web UI has no list to choose it from.
     """
-    if switch:
-        _offered.update({"use": USE, **_offered})
+    if switch and "use" not in _offered:
+        fields = dict(_offered)
+        _offered.clear()
+        _offered.update({"use": USE, **fields})  # first on the page
     for name, option in _offered.items():
         shared.opts.add_option(key(name), _info(name, option))
     put_right()

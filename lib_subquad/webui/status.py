@@ -24,9 +24,11 @@ class Generation:
 
     `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to. `served` holds the
     `id` of every place that made a call: a cross-attention layer, or a function that the web UI holds somewhere.
-    `passed_on` counts the calls that came to us and that the web UI's own attention computed, by the reason.
+    `begun`: there was one, so that silence says that nothing of it was ours. `passed_on` counts the calls that came to
+    us and that the web UI's own attention computed, by the reason.
     """
 
+    begun: bool = False
     calls: int = 0
     retries: int = 0
     remembered: bool = False
@@ -51,7 +53,7 @@ _generation = Generation()
 def begin() -> None:
     """A generation begins: forget the one before."""
     global _generation
-    _generation = Generation()
+    _generation = Generation(begun=True)
 
 
 def record(plan: Plan, place: object | None = None) -> None:
@@ -73,9 +75,16 @@ def summary() -> str:
     """The last generation in a line."""
     seen = _generation
     if seen.largest is None:
-        return " ".join(["No image has been made with subquad yet.", *missed(seen)])
+        return " ".join([nothing(seen), *missed(seen)])
     retries = f", {seen.retries} retries after running out of memory" if seen.retries else ", no retries"
     return " ".join([f"Last generation: {seen.calls} calls{retries}. Largest: {seen.largest}", *missed(seen)])
+
+
+def nothing(seen: Generation) -> str:
+    """The sentence for a generation in which nothing was computed here."""
+    if seen.begun:
+        return "The last image was made without subquad."
+    return "No image has been made with subquad yet."
 
 
 def missed(seen: Generation) -> list[str]:

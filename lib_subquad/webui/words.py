@@ -10,7 +10,7 @@ from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration
 from ..lab.trials import Trial, about_as_fast
 from ..settings import OPTIONS, shown
-from .status import Generation, missed
+from .status import Generation, missed, nothing
 
 KINDS = ("self", "cross")
 FEW_COLUMNS = 5
@@ -120,7 +120,7 @@ def last_generation(seen: Generation) -> str:
     """What attention took in the last image."""
     out_of_reach = "".join(f" <b>{escape(sentence)}</b>" for sentence in missed(seen))
     if seen.largest is None:
-        return f"No image has been made with subquad yet.{out_of_reach}"
+        return f"{nothing(seen)}{out_of_reach}"
     made = seen.largest
     return (
         f"Last generation: {seen.calls} {term('calls', 'Calls')}, {seen.retries or 'no'} {term('retries', 'Retries')}. "

@@ -141,7 +141,7 @@ class Functions(Host):
         }
         return Reach(
             len(self._wrappers) + len(self._classes),
-            "modules that attend",
+            "places that call attention",
             dict(Counter(map(owner, foreign.values())).most_common()),
         )
 
@@ -184,11 +184,11 @@ class Functions(Host):
         return ", and in the VAE ".join(dict.fromkeys(filter(None, (model, vae))))
 
     def _chosen_file(self) -> str:
-        """The checkpoint that the user has chosen, whether it is loaded or not."""
-        models = module("sd_models")
+        """The checkpoint that the user has chosen, or else the first on the list, as the web UI does."""
+        models, options_now = module("sd_models"), getattr(module("shared"), "opts", None)
         known = getattr(models, "checkpoint_aliases", {})
-        chosen = getattr(getattr(module("shared"), "opts", None), "sd_model_checkpoint", None)
-        return str(getattr(known.get(chosen), "filename", ""))
+        chosen = known.get(getattr(options_now, "sd_model_checkpoint", None))
+        return str(getattr(chosen, "filename", "")) or next(iter(self.checkpoints().values()), "")
 
 
 def unwrapped(value: object) -> object:
