@@ -6,7 +6,8 @@ They have no list of optimizations, so whether subquad is used is a setting of o
 from __future__ import annotations
 
 from collections import Counter
-from types import FunctionType
+from collections.abc import Iterable
+from types import FunctionType, ModuleType
 
 import torch
 from torch import nn
@@ -77,15 +78,20 @@ class Functions(Host):
 
     def prepare(self) -> None:
         """Put a wrapper wherever an original is held: of what was loaded since, or is new, too."""
-        self.look()
         if not self.active:
-            self.undo()
+            if self._in_place:
+                self.undo()
             return
         self._in_place = True
-        for owner_module in places.modules_that_attend():
-            for name, value in list(vars(owner_module).items()):
-                self._take(Place(owner_module, name), value)
-            for keeper in places.classes_that_keep(owner_module):
+        modules = places.all_modules()
+        self.look(modules)
+        for holder in modules:
+            if places.is_of_encoder(holder):
+                continue
+            for name, value in list(vars(holder).items()):
+                if type(value) in (FunctionType, Wrapper):
+                    self._take(Place(holder, name), value)
+            for keeper in places.classes_that_keep(holder):
                 if keeper not in self._classes:
                     setattr(keeper, KEPT, Kept(self))
                     self._classes.add(keeper)
@@ -93,17 +99,17 @@ class Functions(Host):
     def undo(self) -> None:
         """Every name is bound to the web UI's own again, also where a late import took ours along."""
         self._in_place = False
-        for held_in in places.all_modules():
-            for name, value in list(vars(held_in).items()):
+        for holder in places.all_modules():
+            for name, value in list(vars(holder).items()):
                 if type(value) is Wrapper:
-                    setattr(held_in, name, unwrapped(value))
+                    setattr(holder, name, unwrapped(value))
         for keeper in self._classes:
             delattr(keeper, KEPT)
         self._classes.clear()
 
-    def look(self) -> bool:
-        """Whether this web UI holds attention as a function; what it holds is known from then on."""
-        self._originals.update((found.function, found) for found in places.originals())
+    def look(self, modules: Iterable[ModuleType]) -> bool:
+        """Whether one of these holds attention as a function; what they hold is known from then on."""
+        self._originals.update((found.function, found) for found in places.originals(modules))
         return bool(self._originals)
 
     def wrap(self, original: Original) -> Wrapper:
@@ -163,7 +169,7 @@ class Functions(Host):
 
     def _take(self, place: Place, value: object) -> None:
         """Put a wrapper there if it is an original that is held; each place has one of its own."""
-        original = self._originals.get(unwrapped(value)) if type(value) in (FunctionType, Wrapper) else None
+        original = self._originals.get(unwrapped(value))
         if original is None or place.name == original.function.__name__:  # by its own name it is asked for itself
             return
         wrapper = self._wrappers.get(place)
@@ -197,7 +203,7 @@ def unwrapped(value: object) -> object:
 
 def find() -> Functions | None:
     host = Functions()
-    return host if host.look() else None
+    return host if host.look(places.all_modules()) else None
 
 
 def _in_words(function: FunctionType) -> str:

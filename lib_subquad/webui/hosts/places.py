@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 
@@ -22,6 +24,10 @@ import torch
 ENCODERS = re.compile(
     r"(^|[._])(t5\w*|u?mt5\w*|clip\w*|\w*_?clip|bert\w*|llama\w*|llm|gemma\w*|qwen\w*|mistral\w*|dino\w*|siglip\w*|"
     r"text_encoders?|image_encoders?|text_processing)($|[._])"
+)
+LIBRARIES = tuple(
+    os.path.join(os.path.normcase(sysconfig.get_path(name)), "")
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 KEPT = "optimized_attention"  # what classes call the function that each instance of theirs keeps
 QUERY_KEY_VALUE = (("q", "k", "v"), ("query", "key", "value"))
@@ -80,9 +86,9 @@ def kind_of(function: object) -> Original | None:
     return Original(function, heads=True) if parameters[3].name == "heads" else None
 
 
-def originals() -> Iterator[Original]:
+def originals(modules: Iterable[ModuleType]) -> Iterator[Original]:
     """What homes hold under a name that is not the function's own. A function may come more than once."""
-    for module in all_modules():
+    for module in modules:
         for name, value in list(vars(module).items()):
             if type(value) is FunctionType and _is_chosen(module, name, value) and (found := kind_of(value)):
                 yield found
@@ -93,9 +99,8 @@ def _is_chosen(module: ModuleType, name: str, function: FunctionType) -> bool:
     return own and "attention" in name and name != function.__name__
 
 
-def modules_that_attend() -> Iterator[ModuleType]:
-    """Every module but those of encoders."""
-    return (module for module in all_modules() if not ENCODERS.search(module.__name__))
+def is_of_encoder(module: ModuleType) -> bool:
+    return _is_encoder(module.__name__)
 
 
 def classes_that_keep(module: ModuleType) -> Iterator[type]:
@@ -107,12 +112,26 @@ def classes_that_keep(module: ModuleType) -> Iterator[type]:
                 yield value
 
 
-def all_modules() -> Iterator[ModuleType]:
-    seen = set()
+def all_modules() -> list[ModuleType]:
+    """Every module that is loaded, but those of Python and of installed packages: thousands, and none is a web UI's."""
+    found = {}
     for module in list(sys.modules.values()):  # one may be there under two names
-        if issubclass(type(module), ModuleType) and id(module) not in seen and isinstance(module.__name__, str):
-            seen.add(id(module))
-            yield module
+        if issubclass(type(module), ModuleType) and id(module) not in found:
+            names = vars(module)
+            file, name = names.get("__file__"), names.get("__name__")
+            if isinstance(name, str) and not (isinstance(file, str) and _is_installed(file)):
+                found[id(module)] = module
+    return list(found.values())
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    return os.path.normcase(file).startswith(LIBRARIES)
+
+
+@functools.cache
+def _is_encoder(name: str) -> bool:
+    return ENCODERS.search(name) is not None
 
 
 @functools.cache
