@@ -10,8 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 
-from modules import call_queue, sd_hijack, sd_hijack_optimizations, sd_models, shared  # noqa: F401 - for `base`
-from modules.hypernetworks import hypernetwork
+from modules import sd_hijack, sd_hijack_optimizations, sd_models, shared
 from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent, this is no such web UI
 from modules.sd_hijack_optimizations import SdOptimization
 
@@ -25,6 +24,8 @@ from .hooks import Hook
 
 def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
     def split_context(context):  # given the layer, it would register the hypernetwork as a part of the model
+        from modules.hypernetworks import hypernetwork
+
         return hypernetwork.apply_hypernetworks(shared.loaded_hypernetworks, context)
 
     return ldm.cross_attention(
