@@ -92,9 +92,8 @@ class Functions(Host):
                 if type(value) in (FunctionType, Wrapper):
                     self._take(Place(holder, name), value)
             for keeper in places.classes_that_keep(holder):
-                if keeper not in self._classes:
-                    setattr(keeper, KEPT, Kept(self))
-                    self._classes.add(keeper)
+                setattr(keeper, KEPT, Kept(self))
+                self._classes.add(keeper)
 
     def undo(self) -> None:
         """Every name is bound to the web UI's own again, also where a late import took ours along."""

@@ -108,7 +108,7 @@ def classes_that_keep(module: ModuleType) -> Iterator[type]:
     for value in list(vars(module).values()):
         if issubclass(type(value), type) and value.__module__ == module.__name__:
             code = getattr(vars(value).get("__init__"), "__code__", None)
-            if code is not None and KEPT in code.co_names:
+            if code is not None and KEPT in code.co_names and KEPT not in vars(value):
                 yield value
 
 
