@@ -30,7 +30,8 @@ def heads_attention(
 
     Args:
         query: [batch, tokens, heads * width]; or [batch, heads, tokens, width] where `skip_reshape`.
-        key: the same with the tokens that are asked; any floating-point dtype, and query's decides.
+        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Of fewer batch
+            entries, as Hypertile leaves them, each is that of several consecutive queries, which share out its tokens.
         value: as key; its width may differ.
         heads: how many.
         mask: bool (True = may attend) or floating point (added to the scores); [tokens, key tokens], [batch, key
@@ -47,6 +48,8 @@ def heads_attention(
     Raises:
         ValueError: what is not known how to compute; the message names it in a few words.
     """
+    if not skip_reshape:
+        key, value = (_in_batches_of(query, it) for it in (key, value))
     if reason := _why_not(query, key, value, heads, mask, skip_reshape=skip_reshape):
         raise ValueError(reason)
     if not skip_reshape:
@@ -113,6 +116,16 @@ def _why_not_spatial(query, key, value) -> str:
     if not query.shape == key.shape == value.shape or not query[0, 0].numel():
         return "feature maps of different sizes"
     return ""
+
+
+def _in_batches_of(query: Tensor, tensor: Tensor) -> Tensor:
+    """Keys or values with query's number of batch entries, as a view by that number has them."""
+    if not all(isinstance(it, Tensor) and it.dim() == 3 for it in (query, tensor)):
+        return tensor
+    batch, tokens, channels = tensor.shape
+    wanted = query.shape[0]
+    divides = wanted > batch > 0 and not wanted % batch and not tokens % (wanted // batch)
+    return tensor.reshape(wanted, -1, channels) if divides else tensor
 
 
 def _why_no_projections(query, key, value, dimensions: int) -> str:
