@@ -110,9 +110,9 @@ def _why_not_spatial(query, key, value) -> str:
         return "no feature maps"
     if reason := _why_no_projections(query, key, value, query.dim()):
         return reason
-    if not query.shape == key.shape == value.shape or not query[0, 0].numel():
+    if not query.shape == key.shape == value.shape:
         return "feature maps of different sizes"
-    return ""
+    return "feature maps without channels or positions" if 0 in query.shape[1:] else ""
 
 
 def _why_no_projections(query, key, value, dimensions: int) -> str:
