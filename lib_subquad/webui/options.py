@@ -65,8 +65,10 @@ def register(switch: bool = False) -> None:
 
     `switch`: the user chooses here whether subquad is used, because the web UI has no list to choose it from.
     """
-    if switch:
-        _offered.update({"use": USE, **_offered})
+    if switch and "use" not in _offered:
+        fields = dict(_offered)
+        _offered.clear()
+        _offered.update({"use": USE}, **fields)  # the first that a user meets
     for name, option in _offered.items():
         shared.opts.add_option(key(name), _info(name, option))
     put_right()
@@ -80,7 +82,7 @@ def offered() -> dict[str, Option]:
 def use() -> tuple[str, ...]:
     """The parts of the model that the switch makes ours now, overrides of this request included."""
     given = getattr(shared.opts, key("use"), USE.default)
-    if given not in USES:
+    if not USE.accepts(given):
         _say({"use": given})
     return USES[USE.nearest(given)]
 

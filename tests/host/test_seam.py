@@ -25,7 +25,9 @@ def test_only_hosts_name_what_another_web_ui_may_lack():
     hosts = ROOT / "lib_subquad" / "webui" / "hosts"
     named = {file: imported(file) for file in files}
     assert any("sd_hijack" in names for names in named.values())  # or this looks at nothing
-    assert {file: names - EVERYWHERE for file, names in named.items() if file.parent != hosts and names - EVERYWHERE} == {}
+    assert {
+        file: names - EVERYWHERE for file, names in named.items() if file.parent != hosts and names - EVERYWHERE
+    } == {}
 
 
 def test_what_every_host_shares_names_no_more():

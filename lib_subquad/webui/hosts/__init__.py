@@ -24,6 +24,6 @@ def _find(kind: str) -> Host | None:
     try:
         return importlib.import_module(f".{kind}", __name__).find()
     except ImportError as error:
-        if (error.name or "").split(".")[0] != "modules":  # not a name that this web UI lacks: ours is broken
+        if (error.name or "").split(".")[0] == __name__.split(".")[0]:  # no name that this web UI lacks: ours is broken
             raise
         return None
