@@ -49,7 +49,7 @@ def heads_attention(
         ValueError: what is not known how to compute; the message names it in a few words.
     """
     if not skip_reshape:
-        key, value = (_in_batches_of(query, it) for it in (key, value))
+        key, value = _in_batches_of(query, key, value)
     if reason := _why_not(query, key, value, heads, mask, skip_reshape=skip_reshape):
         raise ValueError(reason)
     if not skip_reshape:
@@ -113,19 +113,20 @@ def _why_not_spatial(query, key, value) -> str:
         return "no feature maps"
     if reason := _why_no_projections(query, key, value, query.dim()):
         return reason
-    if not query.shape == key.shape == value.shape or not query[0, 0].numel():
+    if not query.shape == key.shape == value.shape:
         return "feature maps of different sizes"
-    return ""
+    return "feature maps without channels or positions" if 0 in query.shape[1:] else ""
 
 
-def _in_batches_of(query: Tensor, tensor: Tensor) -> Tensor:
-    """Keys or values with query's number of batch entries, as a view by that number has them."""
-    if not all(isinstance(it, Tensor) and it.dim() == 3 for it in (query, tensor)):
-        return tensor
-    batch, tokens, channels = tensor.shape
-    wanted = query.shape[0]
+def _in_batches_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with query's number of batch entries, as a view by that number has them."""
+    if not all(isinstance(it, Tensor) and it.dim() == 3 for it in (query, key, value)):
+        return key, value
+    wanted, (batch, tokens) = query.shape[0], key.shape[:2]
     divides = wanted > batch > 0 and not wanted % batch and not tokens % (wanted // batch)
-    return tensor.reshape(wanted, -1, channels) if divides else tensor
+    if not divides or value.shape[:2] != key.shape[:2]:
+        return key, value
+    return key.reshape(wanted, -1, key.shape[2]), value.reshape(wanted, -1, value.shape[2])
 
 
 def _why_no_projections(query, key, value, dimensions: int) -> str:

@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint
 from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration
 from ..lab.trials import Trial, about_as_fast
-from ..settings import OPTIONS, shown
+from ..settings import Option, shown
 from .status import Generation, missed, nothing
 
 KINDS = ("self", "cross")
@@ -97,11 +97,12 @@ def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int]
         return CSS + warning(f"{checkpoint.family}: no attention layer that subquad serves.") + notes
     counted = {kind: sum(row.layers for row in rows if row.part == "unet" and row.kind == kind) for kind in KINDS}
     vae = sum(row.layers for row in rows if row.part != "unet")
-    summary = (
-        f"<b>{escape(checkpoint.family)}</b>: {sum(counted.values())} attention layers in the U-Net "
-        f"({counted['self']} in which the image looks at itself, {counted['cross']} at the prompt), "
-        f"{vae} in the VAE."
+    unet = (
+        f"{sum(counted.values())} attention layers in the U-Net "
+        f"({counted['self']} in which the image looks at itself, {counted['cross']} at the prompt)"
     )
+    where = f"{unet}, {vae} in the VAE" if any(counted.values()) else f"{vae} attention layers in the VAE"
+    summary = f"<b>{escape(checkpoint.family)}</b>: {where}."
     table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
     limit = term("memory limit", "Memory limit")
     size = f"Not even the smallest image keeps its attention inside the {limit}."
@@ -131,9 +132,8 @@ def last_generation(seen: Generation) -> str:
     )
 
 
-def kept_setting(name: str, word: str) -> str:
+def kept_setting(option: Option, word: str) -> str:
     """A saved setting that cannot be used here."""
-    option = OPTIONS[name]
     return warning(
         f"{option.label} is set to {shown(word)}, which is not known here. Meanwhile it is {option.default}; "
         "the setting stays as it was saved."

@@ -17,7 +17,7 @@ from .. import options
 from ..status import Reach
 from . import places
 from .base import UNET, VAE, Host, Loaded, Refused, Standing, module, readable
-from .hooks import owner
+from .hooks import home, owner
 from .places import KEPT, Original, Place
 from .wrapper import Wrapper
 
@@ -39,17 +39,19 @@ CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
 class Kept:
     """Stands in a class for the function that each of its instances keeps; the instances keep what they had."""
 
-    def __init__(self, host: Functions) -> None:
-        self._host = host
+    def __init__(self, host: Functions, keeper: type) -> None:
+        self._host, self._keeper = host, keeper
         self._wrappers: dict[FunctionType, Wrapper] = {}
 
     def __get__(self, instance: object, owner: type | None = None):
         if instance is None:
             return self
         try:
-            kept = vars(instance)[KEPT]
+            kept = unwrapped(vars(instance)[KEPT])  # it may have been made before this came into its class
         except KeyError:
             raise AttributeError(KEPT) from None  # nn.Module then looks among its parts
+        if type(kept) is not FunctionType or not self._host.is_own(kept, self._keeper):
+            return kept
         if kept not in self._wrappers and (original := places.kind_of(kept)):
             self._wrappers[kept] = self._host.wrap(original)
         return self._wrappers.get(kept, kept)
@@ -58,7 +60,10 @@ class Kept:
         vars(instance)[KEPT] = unwrapped(value)
 
     def __delete__(self, instance: object) -> None:
-        del vars(instance)[KEPT]
+        try:
+            del vars(instance)[KEPT]
+        except KeyError:
+            raise AttributeError(KEPT) from None
 
 
 class Functions(Host):
@@ -85,23 +90,22 @@ class Functions(Host):
         self._in_place = True
         modules = places.all_modules()
         self.look(modules)
-        for holder in modules:
-            if places.is_of_encoder(holder):
+        for held_in in modules:
+            if places.is_encoder(held_in):
+                _give_back(held_in)  # a late import may have taken ours along
                 continue
-            for name, value in list(vars(holder).items()):
+            for name, value in list(places.contents(held_in).items()):
                 if type(value) in (FunctionType, Wrapper):
-                    self._take(Place(holder, name), value)
-            for keeper in places.classes_that_keep(holder):
-                setattr(keeper, KEPT, Kept(self))
+                    self._take(Place(held_in, name), value)
+            for keeper in places.classes_that_keep(held_in):
+                setattr(keeper, KEPT, Kept(self, keeper))
                 self._classes.add(keeper)
 
     def undo(self) -> None:
         """Every name is bound to the web UI's own again, also where a late import took ours along."""
         self._in_place = False
-        for holder in places.all_modules():
-            for name, value in list(vars(holder).items()):
-                if type(value) is Wrapper:
-                    setattr(holder, name, unwrapped(value))
+        for held_in in places.all_modules():
+            _give_back(held_in)
         for keeper in self._classes:
             delattr(keeper, KEPT)
         self._classes.clear()
@@ -113,6 +117,10 @@ class Functions(Host):
 
     def wrap(self, original: Original) -> Wrapper:
         return Wrapper(original, self._serves)
+
+    def is_own(self, function: FunctionType, keeper: type) -> bool:
+        """Whether an instance of this class keeps the web UI's function, and not one that a guest gave it."""
+        return function in self._originals or home(function).split(".")[0] == keeper.__module__.split(".")[0]
 
     def standing(self) -> Standing:
         own = self._own_in_words()
@@ -138,14 +146,9 @@ class Functions(Host):
         return self.parts(options.current(False)) if options.use() and self._originals else ()
 
     def reach(self, served: set[int]) -> Reach:
-        own = (*self._originals, None)
-        foreign = {
-            place: place.held
-            for place, wrapper in self._wrappers.items()
-            if id(wrapper) not in served and not any(unwrapped(place.held) is it for it in own)
-        }
+        foreign = {place: place.held for place in self._foreign() if id(self._wrappers.get(place)) not in served}
         return Reach(
-            len(self._wrappers) + len(self._classes),
+            len({*self._wrappers, *foreign}) + len(self._classes),
             "places that call attention",
             dict(Counter(map(owner, foreign.values())).most_common()),
         )
@@ -153,9 +156,9 @@ class Functions(Host):
     def loaded(self) -> Loaded:
         data = getattr(module("sd_models"), "model_data", None)
         model = getattr(data, "sd_model", None)
-        info = getattr(model, "sd_checkpoint_info", None)
-        if hasattr(model, "forge_objects"):
-            return Loaded(readable(getattr(info, "filename", "")), lambda: _shapes(model))
+        filename = readable(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
+        if getattr(model, "forge_objects", None) is not None and (filename or _parts_of(model)):
+            return Loaded(filename, lambda: _shapes(model))
         chosen = self._chosen_file()
         if not readable(chosen):
             raise Refused("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
@@ -177,6 +180,13 @@ class Functions(Host):
         if value is not wrapper:
             setattr(place.owner, place.name, wrapper)
 
+    def _foreign(self) -> set[Place]:
+        """Where a function of somebody else stands under a name by which modules hold the web UI's."""
+        names = {place.name for place in self._wrappers}
+        homes = {function.__module__ for function in self._originals}
+        held = (Place(it, name) for it in places.all_modules() for name in names if not places.is_encoder(it))
+        return {it for it in held if places.kind_of(it.held) and home(it.held) not in homes}
+
     def _serves(self, part: str) -> bool:
         return self._in_place and part in options.use() and (part != VAE or options.current(False).vae)
 
@@ -194,6 +204,12 @@ class Functions(Host):
         known = getattr(models, "checkpoint_aliases", {})
         chosen = known.get(getattr(options_now, "sd_model_checkpoint", None))
         return str(getattr(chosen, "filename", "")) or next(iter(self.checkpoints().values()), "")
+
+
+def _give_back(held_in: ModuleType) -> None:
+    for name, value in list(places.contents(held_in).items()):
+        if type(value) is Wrapper:
+            setattr(held_in, name, unwrapped(value))
 
 
 def unwrapped(value: object) -> object:

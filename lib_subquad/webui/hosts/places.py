@@ -2,6 +2,7 @@
 
 ComfyUI, Forge and their kin choose one of several functions when they start, and bind it to a second name in the module
 that defines them (`attention_function = attention_pytorch`): that module is a *home*, and the function an *original*.
+What others put there is none, whatever name a decorator gave it: no home holds it under its own name as well.
 Modules that attend import it from there by whatever name they like; some classes of VAEs keep it in each instance. No
 product's name is asked for.
 """
@@ -20,10 +21,11 @@ from types import FunctionType, ModuleType
 
 import torch
 
-# Parts of a module's name, where it holds a text or image encoder: what those compute is small, and none of ours.
+# Parts of a module's name, where it holds an encoder of text, images or sound: what those compute is small, and none of
+# ours. Names that models which make images share with an encoder (Qwen) are not among them.
 ENCODERS = re.compile(
-    r"(^|[._])(t5\w*|u?mt5\w*|clip\w*|\w*_?clip|bert\w*|llama\w*|llm|gemma\w*|qwen\w*|mistral\w*|dino\w*|siglip\w*|"
-    r"text_encoders?|image_encoders?|text_processing)($|[._])"
+    r"(^|[._])(t5\w*|u?mt5\w*|clip\w*|\w*_?clip|bert\w*|llama\w*|llm|gemma\w*|mistral\w*|dino\w*|siglip\w*|"
+    r"(text|image|vision|audio)_encoders?|text_processing)($|[._])"
 )
 LIBRARIES = tuple(
     os.path.join(os.path.normcase(sysconfig.get_path(name)), "")
@@ -50,15 +52,15 @@ class Original:
 
 @dataclass(frozen=True)
 class Place:
-    """A name under which `owner`, a module or a class, holds attention."""
+    """A name under which `owner`, a module, holds attention."""
 
-    owner: ModuleType | type
+    owner: ModuleType
     name: str
 
     @property
     def held(self) -> object:
         """What is held there; None where it is gone."""
-        return vars(self.owner).get(self.name)
+        return contents(self.owner).get(self.name)
 
     def __str__(self) -> str:
         return f"{self.owner.__name__}.{self.name}"
@@ -72,7 +74,7 @@ class Place:
 
 def kind_of(function: object) -> Original | None:
     """The function as an original, if its parameters are those of attention."""
-    if type(function) is not FunctionType:  # isinstance() would ask `__class__` of what warns when it is asked
+    if type(function) is not FunctionType:
         return None
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -89,26 +91,27 @@ def kind_of(function: object) -> Original | None:
 def originals(modules: Iterable[ModuleType]) -> Iterator[Original]:
     """What homes hold under a name that is not the function's own. A function may come more than once."""
     for module in modules:
-        for name, value in list(vars(module).items()):
+        for name, value in list(contents(module).items()):
             if type(value) is FunctionType and _is_chosen(module, name, value) and (found := kind_of(value)):
                 yield found
 
 
 def _is_chosen(module: ModuleType, name: str, function: FunctionType) -> bool:
-    own = function.__module__ == module.__name__
+    held = contents(module)
+    own = function.__module__ == held["__name__"] and held.get(function.__name__) is function
     return own and "attention" in name and name != function.__name__
 
 
-def is_of_encoder(module: ModuleType) -> bool:
-    return _is_encoder(module.__name__)
+def is_encoder(module: ModuleType) -> bool:
+    return _is_encoder(contents(module)["__name__"])
 
 
 def classes_that_keep(module: ModuleType) -> Iterator[type]:
     """The classes of a module whose instances keep a function of attention."""
-    for value in list(vars(module).values()):
-        if issubclass(type(value), type) and value.__module__ == module.__name__:
+    for value in list(contents(module).values()):
+        if issubclass(type(value), type) and value.__module__ == contents(module)["__name__"]:
             code = getattr(vars(value).get("__init__"), "__code__", None)
-            if code is not None and KEPT in code.co_names and KEPT not in vars(value):
+            if code is not None and KEPT in code.co_names and not hasattr(value, KEPT):  # a method may be called so
                 yield value
 
 
@@ -117,8 +120,7 @@ def all_modules() -> list[ModuleType]:
     found = {}
     for module in list(sys.modules.values()):  # one may be there under two names
         if issubclass(type(module), ModuleType) and id(module) not in found:
-            names = vars(module)
-            file, name = names.get("__file__"), names.get("__name__")
+            file, name = map(contents(module).get, ("__file__", "__name__"))
             if isinstance(name, str) and not (isinstance(file, str) and _is_installed(file)):
                 found[id(module)] = module
     return list(found.values())
@@ -132,6 +134,12 @@ def _is_installed(file: str) -> bool:
 @functools.cache
 def _is_encoder(name: str) -> bool:
     return ENCODERS.search(name) is not None
+
+
+def contents(module: ModuleType) -> dict[str, object]:
+    """What a module holds. Neither a module nor a thing in it that is loaded when it is looked at is loaded by this, so
+    ask `type()` of what is found: `isinstance` asks the thing itself."""
+    return object.__getattribute__(module, "__dict__")
 
 
 @functools.cache
