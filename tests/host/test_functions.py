@@ -264,7 +264,9 @@ def test_looking_loads_nothing(forge, tmp_path, monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "subquad_shy", Shy())
     for use in (EVERYTHING, "off"):
         forge.use(use)
-    assert forge.Functions().look()
+    from lib_subquad.webui.hosts import places
+
+    assert forge.Functions().look(places.all_modules())
     assert type(lazy) is not ModuleType and not [it for it in recwarn if "lib_subquad" in it.filename]
 
 
