@@ -10,12 +10,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import device as devices
-from .backward import ChunkedAttention
-from .engines.portable import rows_of
-from .plan import ENGINES, Plan
-from .problem import Problem, mask_with_four_dimensions, new_output, with_four_dimensions
+from .engines import order
+from .plan import Plan
+from .problem import Problem
+from .recompute import ChunkedAttention
 from .retry import Chunks, plan_for
 from .settings import Settings, check_settings
+from .tensors import mask_with_four_dimensions, new_output, rows_of, with_four_dimensions
 
 
 def attention(
@@ -77,7 +78,7 @@ def attend_chunks(
     output = statistics = None
     for rows in chunks:
         with chunks.attempt():
-            engine, sizes = ENGINES[chunks.plan.engine], chunks.plan.sizes
+            engine, sizes = order.named(chunks.plan.engine), chunks.plan.sizes
             row_mask = None if mask is None else rows_of(mask, rows)
             chunk, chunk_statistics = engine.attend(
                 chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale

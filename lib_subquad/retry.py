@@ -9,8 +9,8 @@ from functools import cache
 
 from . import console
 from . import device as devices
-from .engines import Sizes, fused, portable
-from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, limit_bytes, plan_problem, with_sizes
+from .engines import order
+from .plan import Plan, limit_bytes, plan_problem, with_sizes
 from .problem import Problem
 from .settings import Settings
 
@@ -59,7 +59,8 @@ class Attempts:
     @property
     def recomputes(self) -> bool:
         """Whether gradients are recomputed, rather than left to PyTorch and what it keeps."""
-        return self.problem.grad and self.plan.engine == portable.NAME and not self.plan.keeps_scores
+        differentiable = order.named(self.plan.engine).DIFFERENTIABLE
+        return self.problem.grad and not differentiable and not self.plan.keeps_scores
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -116,31 +117,20 @@ class Chunks(Attempts):
 
 
 def halved(problem: Problem, plan: Plan) -> Plan | None:
-    """The plan with its larger chunk halved; None when one row by the smallest key chunk has been tried.
+    """The plan with smaller sizes, or with the next engine where this one has none; None when all has been tried.
 
     Scores that were to be kept are recomputed first.
-    Fused attention whose chunks are no longer worth a fused kernel gives way to the portable engine.
     """
-    smallest_keys = min(SMALLEST_KV_CHUNK, problem.keys)
-    queries, keys, _ = plan.sizes
-    engine = plan.engine
-    if plan.keeps_scores:
-        plan = replace(plan, keeps_scores=False)
-    elif engine == fused.NAME:
-        if queries > SMALLEST_FAST_QUERY_CHUNK:
-            queries //= 2
-        elif portable.why_not(problem):
+    engine = order.named(plan.engine)
+    sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
+    if sizes is None:
+        others = [it for it in order.engines() if it.EXACT and not it.why_not(problem)]
+        later = others[others.index(engine) + 1 :] if engine in others else others
+        if not later:
             return None
-        else:
-            engine, keys = portable.NAME, min(keys, devices.rules(problem.device).kv_tile)
-    elif keys > smallest_keys and (keys >= queries or queries == 1):
-        keys = max(keys // 2, smallest_keys)
-    elif queries > 1:
-        queries //= 2
-    else:
-        return None
-    heads = problem.heads if engine == fused.NAME else 1
-    smaller = with_sizes(problem, plan, engine, Sizes(queries, keys, heads))
+        engine = later[0]
+        sizes = engine.taking_over(problem, plan.sizes)
+    smaller = with_sizes(problem, plan, engine, sizes)
     return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
 
 

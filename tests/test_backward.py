@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention
-from lib_subquad.backward import ChunkedAttention
+from lib_subquad.recompute import ChunkedAttention
 from tests.personality import FailAt, alone
 
 SHAPES = (2, 3, 7, 70)  # batch, heads, queries, keys

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lib_subquad import Settings, attention, plan
 from lib_subquad import device as devices
-from lib_subquad.engines import fused
-from lib_subquad.plan import ENGINES, limit_bytes
+from lib_subquad.engines import fused, order
+from lib_subquad.plan import limit_bytes
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
 
@@ -283,7 +283,7 @@ def test_any_plan(call):
     limit = free * settings.memory_limit // 100
     assert 1 <= made.query_chunk <= problem.queries or not problem.queries
     assert 1 <= made.kv_chunk <= problem.keys and (1 <= made.head_chunk <= problem.heads or not problem.heads)
-    assert made.workspace_bytes == ENGINES[made.engine].workspace_bytes(problem, made.sizes) >= 0
+    assert made.workspace_bytes == order.named(made.engine).workspace_bytes(problem, made.sizes) >= 0
     words = " ".join(made.reasons)
     if made.workspace_bytes > limit:
         assert FLOOR_WON in words

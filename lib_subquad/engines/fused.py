@@ -14,9 +14,16 @@ from torch import Tensor
 
 from .. import device as devices
 from ..problem import Problem, item_bytes
-from . import Sizes, call_bytes
+from ..settings import Settings
+from .base import Sizes, call_bytes, half, overruled
 
 NAME = "fused"
+EXACT = True
+SPLITS_KEYS = False
+DIFFERENTIABLE = True
+WHY = "PyTorch has a fused kernel for these sizes"
+
+SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
 MATH_KERNEL = 0  # torch.nn.attention.SDPBackend.MATH, which keeps all scores in memory
 # What PyTorch's CPU kernel allocates a thread: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
@@ -45,6 +52,33 @@ def why_not(problem: Problem) -> list[str]:
         return reasons or list(_kernel_reasons(problem, _switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
+
+
+def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
+    wanted = min(settings.query_chunk or problem.queries, problem.queries)
+    chosen = Sizes(wanted, problem.keys, problem.heads)
+    while workspace_bytes(problem, chosen) > limit and (fewer := smaller(problem, chosen)):
+        chosen = fewer
+    overruled_by_limit = settings.query_chunk and chosen.queries < wanted
+    return chosen, [overruled("query", wanted, chosen.queries, "the memory limit")] if overruled_by_limit else []
+
+
+def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
+    if sizes.queries <= SMALLEST_QUERY_CHUNK:
+        return None
+    return sizes._replace(queries=half(sizes.queries, SMALLEST_QUERY_CHUNK))
+
+
+def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
+    return Sizes(sizes.queries, problem.keys, problem.heads)
+
+
+def least_bytes(problem: Problem, settings: Settings) -> int:
+    return 0  # it holds no scores
+
+
+def kept_bytes(problem: Problem, sizes: Sizes) -> None:
+    return None  # nor are any kept for the backward pass
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:

@@ -18,7 +18,9 @@ def test_frozen_settings_and_the_hosts_own_flags(webui):
     """Automatic takes ours for the built-in's flag, with its chunk size for a default; nothing can be set."""
     flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
     with webui.running(*flags) as server:
-        server.wait_for("Applying attention optimization: sub-quadratic (subquad)... done.")  # the model loads meanwhile
+        server.wait_for(
+            "Applying attention optimization: sub-quadratic (subquad)... done."
+        )  # the model loads meanwhile
         assert server.options()["subquad_query_chunk"] == 96
         image, infotext = server.generate()
         assert "Subquad query chunk: 96" in infotext

@@ -1,0 +1,33 @@
+"""Chunked exact attention in plain PyTorch operators, for every device: what `engines.base` asks of an engine."""
+
+import torch
+
+from ... import device as devices
+from ...problem import Problem
+from .attend import attend
+from .gradients import gradients
+from .sizes import fitting, kept_bytes, least_bytes, smaller, taking_over, workspace_bytes
+
+__all__ = [
+    "attend",
+    "gradients",
+    "kept_bytes",
+    "least_bytes",
+    "fitting",
+    "smaller",
+    "taking_over",
+    "why_not",
+    "workspace_bytes",
+]
+
+NAME = "portable"
+EXACT = True
+SPLITS_KEYS = True
+DIFFERENTIABLE = False
+WHY = "it runs everywhere"
+
+
+def why_not(problem: Problem) -> list[str]:
+    if problem.dtype == torch.float64 and not devices.rules(problem.device).float64:
+        return [f"{problem.device.type} has no float64"]
+    return []
