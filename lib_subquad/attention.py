@@ -10,11 +10,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import device as devices
+from .calls import call_for
 from .engines import order
+from .engines.base import Engine
 from .plan import Plan
-from .problem import Problem
 from .recompute import ChunkedAttention
-from .retry import Chunks, plan_for
+from .retry import Chunks
 from .settings import Settings, check_settings
 from .tensors import mask_with_four_dimensions, new_output, rows_of, with_four_dimensions
 
@@ -50,21 +51,40 @@ def attention(
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
     check_settings(settings)
-    problem = Problem.of(query, key, value, mask, upcast=settings.upcast == "always")
-    leading, scale = query.shape[:-2], problem.width**-0.5 if scale is None else scale
+    call = call_for(query, key, value, mask, settings)
+    leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
+    chunks = Chunks(call.problem, call.plan, settings)
+    output = None
+    if call.engine is not None and not devices.autocast_enabled(query.device.type):
+        output = _at_once(call.engine, query, key, value, mask, scale, chunks)
+    if output is None:
+        output = _in_chunks(query, key, value, mask, scale, chunks)
+    if report is not None:
+        report(chunks.plan)
+    return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
+
+
+def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
+    """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
+    try:
+        return engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+    except Exception as error:
+        smaller = chunks.smaller_after(error)
+    chunks.go_on(smaller)
+    return None
+
+
+def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
-        chunks = Chunks(problem, plan_for(problem, settings), settings)
         output = None
         if not chunks.recomputes:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)
         if chunks.recomputes:  # from the start, or since memory ran out
             del output  # and what its graph keeps
             output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
-    if report is not None:
-        report(chunks.plan)
-    return output.reshape(*leading, *output.shape[-2:])
+    return output
 
 
 def attend_chunks(

@@ -98,6 +98,18 @@ def rules(device: torch.device) -> Rules:
     return RULES[kind(device)]
 
 
+def switches() -> tuple[bool, ...]:
+    """Which of PyTorch's fused kernels the user or the host has left switched on."""
+    return tuple(switch() for switch in _SWITCHES)
+
+
+_SWITCHES = [
+    getattr(torch.backends.cuda, name)
+    for name in ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+    if hasattr(torch.backends.cuda, name)  # the last is newer than torch 2.1.2
+]
+
+
 def least_tile_bytes(device: torch.device) -> int:
     """The smallest buffer of scores that is still efficient, with as many threads as there are."""
     return rules(device).least_tile_bytes * (torch.get_num_threads() if device.type == "cpu" else 1)
@@ -296,12 +308,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
     Under autocast a plain `bmm` is cast to half but `bmm(out=)` is not, so a kernel that mixes them fails.
     """
-    if not _autocast_enabled(device.type):
+    if not autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-def _autocast_enabled(device_type: str) -> bool:
+def autocast_enabled(device_type: str) -> bool:
+    """Whether PyTorch would cast operators' arguments on such a device."""
     try:
         return torch.is_autocast_enabled(device_type)
     except (TypeError, RuntimeError):  # torch before 2.4 takes no argument; some devices have no autocast

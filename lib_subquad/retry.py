@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from . import console
+from . import console, memory
 from . import device as devices
 from .engines import order
 from .plan import Plan, limit_bytes, plan_problem, with_sizes
@@ -23,9 +23,8 @@ _remembered: dict[tuple[Problem, Settings], tuple[Plan, int]] = {}
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
 
 
-def plan_for(problem: Problem, settings: Settings) -> Plan:
+def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
     """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it."""
-    free = devices.free_bytes(problem.device)
     found = _remembered.get((problem, settings))
     if found is not None:
         made, failed_at = found
@@ -37,8 +36,9 @@ def plan_for(problem: Problem, settings: Settings) -> Plan:
 
 
 def forget() -> None:
-    """Forget every size that was found to fit, and that it was logged."""
+    """Forget every size that was found to fit, that it was logged, and how much memory was free."""
     _remembered.clear()
+    memory.forget()
     warn_once.cache_clear()
 
 
@@ -64,27 +64,38 @@ class Attempts:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Raises the device's own error when it is no out-of-memory, when retrying is off, or when the smallest chunk
-        has failed as well; then with a line that says what was tried."""
+        """Raises what `smaller_after` does."""
         try:
             yield
             self.pending = False
             return
         except Exception as error:
-            if not (self.settings.retry and devices.is_out_of_memory(error)):
-                raise
-            smaller = halved(self.problem, self.plan)
-            if smaller is None:
-                self._say_what_was_tried(error)
-                raise
+            smaller = self.smaller_after(error)
         # Out of the except block the traceback is gone, and with it the tensors that its frames held.
+        self.go_on(smaller)
+
+    def smaller_after(self, error: Exception) -> Plan:
+        """What to try after `error`, which is being handled.
+
+        Raises:
+            Exception: the device's own error when it is no out-of-memory, when retrying is off, or when the smallest
+                chunk has failed as well; then with a line that says what was tried.
+        """
+        if not (self.settings.retry and devices.is_out_of_memory(error)):
+            raise error
+        smaller = halved(self.problem, self.plan)
+        if smaller is None:
+            self._say_what_was_tried(error)
+            raise error
+        return smaller
+
+    def go_on(self, smaller: Plan) -> None:
+        """Take the smaller plan, for this call and the next ones of its kind."""
         devices.release_cached(self.problem.device)
         self.plan = smaller
-        self._remember()
-
-    def _remember(self) -> None:
         warn_once("[subquad] out of memory: going on with smaller chunks")
-        free = devices.free_bytes(self.problem.device)
+        memory.forget()
+        free = memory.reading(self.problem.device).free_bytes
         _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
 
     def _say_what_was_tried(self, error: Exception) -> None:

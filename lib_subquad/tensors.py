@@ -7,6 +7,8 @@ from torch import Tensor
 
 def with_four_dimensions(tensor: Tensor) -> Tensor:
     """[..., tokens, width] as [batch, heads, tokens, width]: a view wherever strides allow it."""
+    if tensor.dim() == 4:
+        return tensor
     while tensor.dim() < 4:
         tensor = tensor.unsqueeze(0)
     return tensor.flatten(0, -4)

@@ -49,7 +49,7 @@ def why_not(problem: Problem) -> list[str]:
     if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
-        return reasons or list(_kernel_reasons(problem, _switches()))
+        return reasons or list(_kernel_reasons(problem, devices.switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
 
@@ -155,12 +155,6 @@ def _masks_are_right() -> bool:
     token = torch.zeros(1, 1, 1, 8)
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
-
-
-def _switches() -> tuple[bool, ...]:
-    """What the user or the host has switched off, as part of the key under which an answer is remembered."""
-    names = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
-    return tuple(getattr(torch.backends.cuda, name, bool)() for name in names)
 
 
 @lru_cache(maxsize=1024)
