@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from . import device as devices
-from . import memory
+from . import memory, retry
 from .engines import order
 from .engines.base import Engine
 from .plan import Plan
 from .problem import Problem
-from .retry import plan_for
 from .settings import Settings
 
 MOST_KNOWN = 1024
@@ -55,8 +54,9 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
 
 
 def forget() -> None:
-    """Plan every call anew."""
+    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten."""
     _known.clear()
+    retry.forget()
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> tuple:
@@ -74,13 +74,14 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.device, torch.is_grad_enabled() and mask.requires_grad),
         devices.switches(),
+        order.engines(),
         settings,
     )
 
 
 def _planned(problem: Problem, settings: Settings) -> Call:
     reading = memory.reading(problem.device)
-    plan = plan_for(problem, settings, reading.free_bytes)
+    plan = retry.plan_for(problem, settings, reading.free_bytes)
     engine = order.named(plan.engine)
     at_once = plan.query_chunk >= problem.queries > 0 and (engine.DIFFERENTIABLE or not problem.grad)
     return Call(problem, plan, engine if at_once else None, reading)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lib_subquad import Settings, attention, plan, retry
+from lib_subquad import Settings, attention, memory, plan, retry
 from lib_subquad import device as devices
 from lib_subquad.engines import fused, portable
 from tests.personality import TEXT, FailAt, FailOver, alone
@@ -229,6 +229,7 @@ def test_retry_can_be_turned_off():
 
 
 def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, caplog):
+    monkeypatch.setattr(memory, "GREATEST_AGE", 0)
     free = []
     monkeypatch.setattr(devices, "free_bytes", lambda device: free[-1])
     query, key, value = torch.randn(3, 1, 2, 256, 8)
@@ -247,6 +248,7 @@ def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, capl
 
 
 def test_what_is_remembered_gives_way_to_a_limit_below_it(monkeypatch):
+    monkeypatch.setattr(memory, "GREATEST_AGE", 0)
     free = [64 << 20]
     monkeypatch.setattr(devices, "free_bytes", lambda device: free[0])
     monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], least_tile_bytes=1 << 10))

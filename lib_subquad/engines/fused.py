@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import device as devices
+from .. import memory
 from ..problem import Problem, item_bytes
 from ..settings import Settings
 from .base import Sizes, call_bytes, half, overruled
@@ -51,6 +52,8 @@ def why_not(problem: Problem) -> list[str]:
     try:
         return reasons or list(_kernel_reasons(problem, devices.switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
+        if devices.is_out_of_memory(error):
+            memory.forget()  # so that it is asked again at the next call
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
 
 

@@ -6,7 +6,7 @@ from .. import settings
 from . import fused, portable
 from .base import Engine
 
-_engines: list[Engine] = []
+_engines: tuple[Engine, ...] = ()
 
 
 def register(engine: Engine, before: str | None = None) -> None:
@@ -15,21 +15,24 @@ def register(engine: Engine, before: str | None = None) -> None:
     Raises:
         ValueError: there is one of that name, or none called `before`.
     """
+    global _engines
     if engine.NAME in names():
         raise ValueError(f"there is an engine called {engine.NAME} already")
-    _engines.insert(len(_engines) if before is None else names().index(before), engine)
+    place = len(_engines) if before is None else names().index(before)
+    _engines = (*_engines[:place], engine, *_engines[place:])
     settings.offer_engines(names())
 
 
 def withdraw(name: str) -> None:
     """Take an engine out again."""
-    _engines.remove(named(name))
+    global _engines
+    _engines = tuple(engine for engine in _engines if engine.NAME != name)
     settings.offer_engines(names())
 
 
 def engines() -> tuple[Engine, ...]:
     """All of them, the most wanted first; the last one can do what none before it could."""
-    return tuple(_engines)
+    return _engines
 
 
 def names() -> list[str]:
@@ -42,7 +45,10 @@ def named(name: str) -> Engine:
     Raises:
         KeyError: there is none.
     """
-    return {engine.NAME: engine for engine in _engines}[name]
+    for engine in _engines:
+        if engine.NAME == name:
+            return engine
+    raise KeyError(name)
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:
