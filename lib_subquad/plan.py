@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import device as devices
+from . import refusals
 from .engines import order
 from .engines.base import Engine, Sizes
 from .problem import Problem, as_count, checked_shape
@@ -116,7 +117,7 @@ def why_not(engine: Engine, problem: Problem, settings: Settings) -> list[str]:
     """Every reason why this engine cannot do the problem as the user wants it; empty if it can."""
     splits = 0 < settings.kv_chunk < problem.keys and not engine.SPLITS_KEYS
     by_the_user = [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"] if splits else []
-    return by_the_user or engine.why_not(problem)
+    return by_the_user or engine.why_not(problem) or refusals.of(problem, engine.NAME)
 
 
 def _of(engine: Engine, problem: Problem, settings: Settings, limit: int) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from . import console, memory
+from . import console, memory, refusals
 from . import device as devices
 from .engines import order
 from .plan import Plan, limit_bytes, plan_problem, with_sizes
@@ -36,8 +36,9 @@ def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
 
 
 def forget() -> None:
-    """Forget every size that was found to fit, that it was logged, and how much memory was free."""
+    """Forget every size that was found to fit, every refusal, that they were logged, and how much memory was free."""
     _remembered.clear()
+    refusals.forget()
     memory.forget()
     warn_once.cache_clear()
 
@@ -75,12 +76,19 @@ class Attempts:
         self.go_on(smaller)
 
     def smaller_after(self, error: Exception) -> Plan:
-        """What to try after `error`, which is being handled.
+        """What to try after `error`, which is being handled: smaller sizes where memory ran out, the next engine where
+        the kernel of this one refused.
 
         Raises:
-            Exception: the device's own error when it is no out-of-memory, when retrying is off, or when the smallest
-                chunk has failed as well; then with a line that says what was tried.
+            Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
+                line that says what.
         """
+        if refusals.is_refusal(error):
+            later = next_engine(self.problem, self.plan)
+            if later is None:
+                raise error
+            reason = refusals.remember(self.problem, self.plan.engine, error)
+            return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
         if not (self.settings.retry and devices.is_out_of_memory(error)):
             raise error
         smaller = halved(self.problem, self.plan)
@@ -90,13 +98,15 @@ class Attempts:
         return smaller
 
     def go_on(self, smaller: Plan) -> None:
-        """Take the smaller plan, for this call and the next ones of its kind."""
-        devices.release_cached(self.problem.device)
+        """Take that plan, for this call and the next ones of its kind."""
+        ran_out = smaller.retries > self.plan.retries
         self.plan = smaller
-        warn_once("[subquad] out of memory: going on with smaller chunks")
-        memory.forget()
-        free = memory.reading(self.problem.device).free_bytes
-        _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
+        memory.forget()  # a call that is known is planned anew, with what was found
+        if ran_out:
+            devices.release_cached(self.problem.device)
+            warn_once("[subquad] out of memory: going on with smaller chunks")
+            free = memory.reading(self.problem.device).free_bytes
+            _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
 
     def _say_what_was_tried(self, error: Exception) -> None:
         line = (
@@ -134,15 +144,19 @@ def halved(problem: Problem, plan: Plan) -> Plan | None:
     """
     engine = order.named(plan.engine)
     sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
-    if sizes is None:
-        others = [it for it in order.engines() if it.EXACT and not it.why_not(problem)]
-        later = others[others.index(engine) + 1 :] if engine in others else others
-        if not later:
-            return None
-        engine = later[0]
-        sizes = engine.taking_over(problem, plan.sizes)
-    smaller = with_sizes(problem, plan, engine, sizes)
+    smaller = next_engine(problem, plan) if sizes is None else with_sizes(problem, plan, engine, sizes)
+    if smaller is None:
+        return None
     return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
+
+
+def next_engine(problem: Problem, plan: Plan) -> Plan | None:
+    """The plan with the exact engine after its own that can do the problem; None where there is none."""
+    engines = list(order.engines())
+    for engine in engines[engines.index(order.named(plan.engine)) + 1 :]:
+        if engine.EXACT and not engine.why_not(problem) and not refusals.of(problem, engine.NAME):
+            return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))
+    return None
 
 
 RETRY_REASON = "smaller chunks after an out-of-memory"
