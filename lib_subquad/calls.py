@@ -44,7 +44,7 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
     except AttributeError:  # something is no tensor, and is told so
         facts = None
     call = _known.get(facts)
-    if call is not None and call.reading is memory.reading(call.problem.device):
+    if call is not None and call.reading is memory.reading(call.problem.device, call.problem.grad):
         return call
     call = _planned(Problem.of(query, key, value, mask, upcast=settings.upcast == "always"), settings)
     if len(_known) >= MOST_KNOWN:
@@ -80,8 +80,8 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
 
 
 def _planned(problem: Problem, settings: Settings) -> Call:
-    reading = memory.reading(problem.device)
-    plan = retry.plan_for(problem, settings, reading.free_bytes)
+    reading = memory.reading(problem.device, problem.grad)
+    plan = retry.plan_for(problem, settings, reading.bytes)
     engine = order.named(plan.engine)
     at_once = plan.query_chunk >= problem.queries > 0 and (engine.DIFFERENTIABLE or not problem.grad)
     return Call(problem, plan, engine if at_once else None, reading)

@@ -17,20 +17,25 @@ clock = time.monotonic
 
 
 class Reading(NamedTuple):
-    """What was free, in bytes, and when that was asked, by `clock`."""
+    """A number of bytes to plan by, and when it was asked for, by `clock`."""
 
-    free_bytes: int
+    bytes: int
     at: float
 
 
-_readings: dict[torch.device, Reading] = {}
+_readings: dict[tuple[torch.device, bool], Reading] = {}
 
 
-def reading(device: torch.device) -> Reading:
-    """The last answer of this device; a new one if that is older than `GREATEST_AGE` or forgotten."""
-    known = _readings.get(device)
-    if known is None or not 0 <= clock() - known.at < GREATEST_AGE:
-        known = _readings[device] = Reading(devices.free_bytes(device), clock())
+def reading(device: torch.device, lasting: bool = False) -> Reading:
+    """What is free on this device, asked for anew when that is older than `GREATEST_AGE` or forgotten.
+
+    `lasting`: all that there is instead, which does not change. Calls whose gradients are wanted are planned by it:
+    whoever recomputes a forward pass must find the same engine and the same chunks, whatever is free by then.
+    """
+    known = _readings.get((device, lasting))
+    if known is None or not lasting and not 0 <= clock() - known.at < GREATEST_AGE:
+        asked = devices.total_bytes if lasting else devices.free_bytes
+        known = _readings[device, lasting] = Reading(asked(device), clock())
     return known
 
 

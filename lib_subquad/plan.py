@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import device as devices
-from . import refusals
+from . import memory, refusals
 from .engines import order
 from .engines.base import Engine, Sizes
 from .problem import Problem, as_count, checked_shape
@@ -68,7 +68,7 @@ def plan(
         dtype: of query and key.
         device: where they are.
         settings: the user's.
-        free_bytes: the device's free memory, asked of the device if None.
+        free_bytes: the device's free memory, asked of the device if None; with gradients, all memory that it has.
         more: `value_dtype`, `mask_shape`, `mask_dtype`, `grad`, `mask_grad`, as `Problem.from_shapes` takes them.
 
     Raises:
@@ -87,7 +87,7 @@ def plan(
 def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = None) -> Plan:
     """The plan for a problem; see `plan`."""
     if free_bytes is None:
-        free_bytes = devices.free_bytes(problem.device)
+        free_bytes = memory.reading(problem.device, problem.grad).bytes
     share, limit = free_bytes * settings.memory_limit // 100, limit_bytes(problem, settings, free_bytes)
     made, passed_over = _walk(problem, settings, limit)
     if made.workspace_bytes > share:

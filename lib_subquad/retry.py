@@ -24,7 +24,8 @@ GROWN = 1.05  # free memory has grown when it is this much more than what did no
 
 
 def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
-    """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it."""
+    """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
+    gradients are wanted `free` is all that there is, which never grows."""
     found = _remembered.get((problem, settings))
     if found is not None:
         made, failed_at = found
@@ -105,7 +106,7 @@ class Attempts:
         if ran_out:
             devices.release_cached(self.problem.device)
             warn_once("[subquad] out of memory: going on with smaller chunks")
-            free = memory.reading(self.problem.device).free_bytes
+            free = memory.reading(self.problem.device, self.problem.grad).bytes
             _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
 
     def _say_what_was_tried(self, error: Exception) -> None:
