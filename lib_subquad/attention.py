@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import device as devices
@@ -14,10 +15,12 @@ from .calls import call_for
 from .engines import order
 from .engines.base import Engine
 from .plan import Plan
+from .problem import HALF_DTYPES
 from .recompute import ChunkedAttention
 from .retry import Chunks
 from .settings import Settings, check_settings
 from .tensors import mask_with_four_dimensions, new_output, rows_of, with_four_dimensions
+from .tracing import is_compiling, is_traced
 
 
 def attention(
@@ -50,6 +53,8 @@ def attention(
             shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
+    if is_traced(query, key, value):
+        return _in_one_operator(query, key, value, mask, scale, settings, report)
     check_settings(settings)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
@@ -64,6 +69,20 @@ def attention(
     if report is not None:
         report(chunks.plan)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
+
+
+def _in_one_operator(query, key, value, mask, scale, settings: Settings, report) -> Tensor:
+    """For whoever traces or transforms the call: operators that can be, without a plan."""
+    engine = next(it for it in order.candidates(settings.engine) if not it.why_not_traced(query.device, mask))
+    dtype = torch.float32 if settings.upcast == "always" and query.dtype in HALF_DTYPES else query.dtype
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = engine.attend_traced(query.to(dtype), key.to(dtype), value.to(dtype), mask, scale)
+    if report is not None and not is_compiling():
+        sizes = query.shape[-2], key.shape[-2], query.shape[-3] if query.dim() > 2 else 1
+        report(Plan(engine.NAME, *sizes, 0, ("it is traced or transformed: PyTorch decides how it is computed",)))
+    return output.to(value.dtype)
 
 
 def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:

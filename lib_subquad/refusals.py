@@ -41,10 +41,15 @@ _refused: dict[tuple[Problem, str], str] = {}
 
 def is_refusal(error: Exception) -> bool:
     """Whether an engine's kernel says no to this call, and another one may still do it."""
-    if type(error) not in REFUSING or devices.is_out_of_memory(error):
+    if type(error) not in REFUSING or devices.is_out_of_memory(error) or _is_captured():
         return False
     text = str(error).lower()
     return not any(fatal in text for fatal in FATAL_TEXTS)
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being captured, which an error ends."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def remember(problem: Problem, engine: str, error: Exception) -> str:

@@ -108,12 +108,12 @@ def test_a_torch_that_does_not_tell_its_kernel(monkeypatch):
 
 
 def test_a_torch_without_scale(monkeypatch):
-    monkeypatch.setattr(fused, "_takes_scale", lambda: False)
+    monkeypatch.setattr(fused, "TAKES_SCALE", False)
     assert "has no scale argument before 2.1" in plan_sd15().reasons[0]
 
 
 def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
-    monkeypatch.setattr(fused, "_masks_are_right", lambda: False)
+    monkeypatch.setattr(fused, "MASKS_ARE_RIGHT", False)
     made = plan_sd15(mask_shape=(1, 4096), mask_dtype=torch.bool)
     assert made.engine == "portable" and "rows that may attend to nothing would be NaN" in made.reasons[0]
     assert plan_sd15().engine == "fused"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..problem import Problem, item_bytes
@@ -75,6 +76,15 @@ class Engine(Protocol):
             largest score and its sum of exp(score - largest), [batch, heads, query chunk, 2] in the dtype of the
             computation.
         """
+
+    @staticmethod
+    def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
+        """Every reason why `attend_traced` would not do on this device; asks PyTorch nothing."""
+
+    @staticmethod
+    def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """All of a call whose tensors have one dtype, in operators that torch.compile, torch.export and torch.func see
+        through: no chunks, no limit."""
 
     @staticmethod
     def gradients(

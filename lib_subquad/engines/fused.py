@@ -33,16 +33,11 @@ CPU_KEY_SPLIT = 512
 
 
 def why_not(problem: Problem) -> list[str]:
-    no_fused = devices.rules(problem.device).no_fused
-    if no_fused:
-        return [no_fused]
-    if not _takes_scale():
-        return [f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1"]
-    reasons = []
+    reasons = _never(problem.device, problem.mask is not None)
+    if devices.rules(problem.device).no_fused or not TAKES_SCALE:
+        return reasons
     if problem.mask_grad:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
-    if problem.mask is not None and not _masks_are_right():
-        reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
     if not problem.queries:
         reasons.append("there are no queries")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
@@ -55,6 +50,20 @@ def why_not(problem: Problem) -> list[str]:
         if devices.is_out_of_memory(error):
             memory.forget()  # so that it is asked again at the next call
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
+
+
+def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
+    return _never(device, mask is not None)
+
+
+def _never(device: torch.device, masked: bool) -> list[str]:
+    """Why this device and this PyTorch do not do it, whatever the sizes."""
+    reasons = [devices.rules(device).no_fused] if devices.rules(device).no_fused else []
+    if not TAKES_SCALE:
+        reasons.append(f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1")
+    if masked and not MASKS_ARE_RIGHT:
+        reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
+    return reasons
 
 
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
@@ -130,6 +139,10 @@ def attend(
     return output.to(problem.value_dtype), None
 
 
+def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
 def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
     """Whether a mask has numbers that `dtype` has not: a wider one, or the other half-precision dtype."""
     if mask is None or mask == torch.bool:
@@ -142,9 +155,8 @@ def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@lru_cache(maxsize=1)
 def _takes_scale() -> bool:
-    token = torch.zeros(1, 1, 1, 8)
+    token = torch.zeros(1, 1, 1, 8, device="cpu")  # the default device may have no numbers
     try:
         F.scaled_dot_product_attention(token, token, token, scale=1.0)
     except (AttributeError, TypeError):
@@ -152,11 +164,10 @@ def _takes_scale() -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
 def _masks_are_right() -> bool:
     """Whether a row that may attend to nothing comes out as zeros: NaN on torch 2.1.2, zeros on 2.13."""
-    token = torch.zeros(1, 1, 1, 8)
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    token = torch.zeros(1, 1, 1, 8, device="cpu")
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cpu")
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
 
 
@@ -197,3 +208,8 @@ def _probe(problem: Problem, tokens: int, width: int) -> Tensor:
     token = torch.zeros(width, dtype=problem.upcast_dtype, device=problem.device)
     sizes = (problem.batch, problem.heads, tokens, width)
     return token.as_strided(sizes, (0, 0, 0, 1)).requires_grad_(problem.grad)
+
+
+# Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
+TAKES_SCALE = _takes_scale()
+MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()
