@@ -2,9 +2,18 @@
 
 from .attention import attention
 from .calls import forget
-from .dropin import efficient_dot_product_attention
+from .dropin import efficient_dot_product_attention, efficient_dot_product_attention_of_transposed_keys, sdpa
 from .plan import Plan, plan
 from .settings import Settings
 
-__all__ = ["Plan", "Settings", "attention", "efficient_dot_product_attention", "forget", "plan"]
+__all__ = [
+    "Plan",
+    "Settings",
+    "attention",
+    "efficient_dot_product_attention",
+    "efficient_dot_product_attention_of_transposed_keys",
+    "forget",
+    "plan",
+    "sdpa",
+]
 __version__ = "1.0.0"

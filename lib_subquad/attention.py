@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import device as devices
 from .calls import call_for
-from .engines import order
 from .engines.base import Engine
+from .forward import attend_chunks
 from .plan import Plan
-from .problem import HALF_DTYPES
-from .recompute import ChunkedAttention
+from .recompute import RecomputedAttention
 from .retry import Chunks
 from .settings import Settings, check_settings
-from .tensors import mask_with_four_dimensions, new_output, rows_of, with_four_dimensions
-from .tracing import is_compiling, is_traced
+from .tensors import mask_with_four_dimensions, with_four_dimensions
+from .tracing import attend_traced, is_traced
 
 
 def attention(
@@ -54,7 +52,7 @@ def attention(
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
     if is_traced(query, key, value):
-        return _in_one_operator(query, key, value, mask, scale, settings, report)
+        return attend_traced(query, key, value, mask, scale, settings, report)
     check_settings(settings)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
@@ -69,20 +67,6 @@ def attention(
     if report is not None:
         report(chunks.plan)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
-
-
-def _in_one_operator(query, key, value, mask, scale, settings: Settings, report) -> Tensor:
-    """For whoever traces or transforms the call: operators that can be, without a plan."""
-    engine = next(it for it in order.candidates(settings.engine) if not it.why_not_traced(query.device, mask))
-    dtype = torch.float32 if settings.upcast == "always" and query.dtype in HALF_DTYPES else query.dtype
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output = engine.attend_traced(query.to(dtype), key.to(dtype), value.to(dtype), mask, scale)
-    if report is not None and not is_compiling():
-        sizes = query.shape[-2], key.shape[-2], query.shape[-3] if query.dim() > 2 else 1
-        report(Plan(engine.NAME, *sizes, 0, ("it is traced or transformed: PyTorch decides how it is computed",)))
-    return output.to(value.dtype)
 
 
 def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
@@ -102,34 +86,5 @@ def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)
         if chunks.recomputes:  # from the start, or since memory ran out
             del output  # and what its graph keeps
-            output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
+            output = RecomputedAttention.apply(query, key, value, mask, scale, chunks)
     return output
-
-
-def attend_chunks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
-) -> tuple[Tensor, Tensor | None]:
-    """The loop: output [batch, heads, queries, value width], and for gradients the statistics [..., queries, 2].
-
-    A chunk that runs out of memory comes again in smaller pieces; what is already written stays. Unfinished, and of no
-    use, where `chunks` are still pending.
-    """
-    output = statistics = None
-    for rows in chunks:
-        with chunks.attempt():
-            engine, sizes = order.named(chunks.plan.engine), chunks.plan.sizes
-            row_mask = None if mask is None else rows_of(mask, rows)
-            chunk, chunk_statistics = engine.attend(
-                chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
-            )
-            if rows == slice(0, query.shape[2]):
-                return chunk, chunk_statistics
-            if output is None:
-                output = new_output(query, value)
-            output[:, :, rows] = chunk
-            if chunks.problem.grad and chunk_statistics is not None:
-                statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
-                statistics[:, :, rows] = chunk_statistics
-    if output is None and not chunks.problem.queries:
-        output = new_output(query, value)
-    return output, statistics

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from . import device as devices
 from .engines import order
-from .retry import Attempts
+from .forward import attend_chunks
+from .retry import Attempts, Chunks
 
 
-class ChunkedAttention(torch.autograd.Function):
+class RecomputedAttention(torch.autograd.Function):
     """attention() with gradients in query, key, value and a floating-point mask."""
 
     @staticmethod
@@ -23,14 +22,13 @@ class ChunkedAttention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         scale: float,
-        attend_chunks: Callable[..., tuple[Tensor, Tensor]],
-        attempts: Attempts,
+        chunks: Chunks,
     ) -> Tensor:
-        """`attend_chunks(query, key, value, mask, scale, attempts)` gives output and statistics, without gradients."""
-        output, statistics = attend_chunks(query, key, value, mask, scale, attempts)
+        """The loop, without gradients; what it keeps for the backward pass is two numbers a row."""
+        output, statistics = attend_chunks(query, key, value, mask, scale, chunks)
         ctx.save_for_backward(query, key, value, mask, output, statistics)
         ctx.scale = scale
-        ctx.call = attempts.problem, attempts.plan, attempts.settings
+        ctx.call = chunks.problem, chunks.plan, chunks.settings
         return output
 
     @staticmethod
@@ -47,4 +45,4 @@ class ChunkedAttention(torch.autograd.Function):
                     gradients = order.named(attempts.plan.engine).gradients(
                         *ctx.saved_tensors, grad_output, ctx.scale, attempts.plan.sizes, ctx.needs_input_grad
                     )
-        return (*gradients, None, None, None)
+        return (*gradients, None, None)

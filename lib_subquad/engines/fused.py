@@ -16,6 +16,7 @@ from .. import device as devices
 from .. import memory
 from ..problem import Problem, item_bytes
 from ..settings import Settings
+from . import pytorch
 from .base import Sizes, call_bytes, half, overruled
 
 NAME = "fused"
@@ -135,12 +136,12 @@ def attend(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(problem.upcast_dtype)
     query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    output = pytorch.call(query, key, value, attn_mask=mask, scale=scale)
     return output.to(problem.value_dtype), None
 
 
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
