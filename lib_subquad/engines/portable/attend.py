@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import device as devices
@@ -97,10 +98,10 @@ def fold(
             lazy = lazy and bool((scores.amin() - maximum.amax()) * (scale * LOG2_E) > SMALLEST_EXPONENT)
         else:
             previous, maximum = maximum, torch.maximum(maximum, highest)
-            rescale = exp_(previous.sub_(maximum), scale, clamp=mask is None)
+            rescale = exp_(previous.sub_(maximum), scale)
             total *= rescale
             weighted *= rescale
-        weights = exp_(scores.sub_(maximum), scale, clamp=not lazy and mask is None)
+        weights = exp_(scores.sub_(maximum), scale, underflows=not lazy and mask is None)
         sums = weights.sum(-1, keepdim=True)
         if weighted is None:
             total, weighted = sums, torch.bmm(weights, value)
@@ -133,13 +134,19 @@ def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Te
     return scores
 
 
-def exp_(scores: Tensor, scale: float = 1.0, clamp: bool = False) -> Tensor:
+def exp_(scores: Tensor, scale: float = 1.0, underflows: bool = False) -> Tensor:
     """exp(scale * scores) in place. exp2 is three times as fast on the CPU; log2(e) goes in after the maximum has been
-    subtracted, since folding it into the queries costs eleven times the error on large scores."""
+    subtracted, since folding it into the queries costs eleven times the error on large scores.
+
+    `underflows`: some may, which takes a CPU up to twenty times as long. These are kept from it, and are zero all the
+    same: beside the largest values of a dtype not even 2^-100 is nothing.
+    """
     scores.mul_(scale * LOG2_E)
-    if clamp and scores.dtype == torch.float32:
-        scores.clamp_(min=SMALLEST_EXPONENT)
-    return scores.exp2_()
+    if not (underflows and scores.dtype == torch.float32 and devices.rules(scores.device).lazy_maximum):
+        return scores.exp2_()
+    if not scores.amin() < SMALLEST_EXPONENT:
+        return scores.exp2_()
+    return F.threshold_(scores.clamp_(min=SMALLEST_EXPONENT).exp2_(), 2.0**SMALLEST_EXPONENT, 0.0)
 
 
 def scaled(query: Tensor, scale: float) -> Tensor:

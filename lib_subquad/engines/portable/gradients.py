@@ -55,7 +55,7 @@ def gradients(
             for part, (keys, values, part_mask) in _parts(key[index], value[index], row_mask, sizes.keys):
                 tile = (*queries.shape[:2], keys.shape[1])
                 weights = score(queries, keys, part_mask, shaped(scores, tile)).sub_(maximum)
-                exp_(weights, clamp=mask is None)
+                exp_(weights, underflows=mask is None)
                 if grad_value is not None:
                     grad_value[index][:, part].baddbmm_(weights.transpose(1, 2), grads)
                 if grad_query is None and grad_key is None and grad_mask is None:
