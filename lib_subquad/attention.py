@@ -10,12 +10,15 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import device as devices
-from .backward import ChunkedAttention
-from .engines.portable import rows_of
-from .plan import ENGINES, Plan
-from .problem import Problem, mask_with_four_dimensions, new_output, with_four_dimensions
-from .retry import Chunks, plan_for
+from .calls import call_for
+from .engines.base import Engine
+from .forward import attend_chunks
+from .plan import Plan
+from .recompute import RecomputedAttention
+from .retry import Chunks
 from .settings import Settings, check_settings
+from .tensors import mask_with_four_dimensions, with_four_dimensions
+from .tracing import attend_traced, is_traced
 
 
 def attention(
@@ -48,48 +51,40 @@ def attention(
             shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
+    if is_traced(query, key, value):
+        return attend_traced(query, key, value, mask, scale, settings, report)
     check_settings(settings)
-    problem = Problem.of(query, key, value, mask, upcast=settings.upcast == "always")
-    leading, scale = query.shape[:-2], problem.width**-0.5 if scale is None else scale
+    call = call_for(query, key, value, mask, settings)
+    leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
+    chunks = Chunks(call.problem, call.plan, settings)
+    output = None
+    if call.engine is not None and not devices.autocast_enabled(query.device.type):
+        output = _at_once(call.engine, query, key, value, mask, scale, chunks)
+    if output is None:
+        output = _in_chunks(query, key, value, mask, scale, chunks)
+    if report is not None:
+        report(chunks.plan)
+    return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
+
+
+def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
+    """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
+    try:
+        return engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+    except Exception as error:
+        smaller = chunks.smaller_after(error)
+    chunks.go_on(smaller)
+    return None
+
+
+def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
-        chunks = Chunks(problem, plan_for(problem, settings), settings)
         output = None
         if not chunks.recomputes:
             output, _ = attend_chunks(query, key, value, mask, scale, chunks)
         if chunks.recomputes:  # from the start, or since memory ran out
             del output  # and what its graph keeps
-            output = ChunkedAttention.apply(query, key, value, mask, scale, attend_chunks, chunks)
-    if report is not None:
-        report(chunks.plan)
-    return output.reshape(*leading, *output.shape[-2:])
-
-
-def attend_chunks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
-) -> tuple[Tensor, Tensor | None]:
-    """The loop: output [batch, heads, queries, value width], and for gradients the statistics [..., queries, 2].
-
-    A chunk that runs out of memory comes again in smaller pieces; what is already written stays. Unfinished, and of no
-    use, where `chunks` are still pending.
-    """
-    output = statistics = None
-    for rows in chunks:
-        with chunks.attempt():
-            engine, sizes = ENGINES[chunks.plan.engine], chunks.plan.sizes
-            row_mask = None if mask is None else rows_of(mask, rows)
-            chunk, chunk_statistics = engine.attend(
-                chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
-            )
-            if rows == slice(0, query.shape[2]):
-                return chunk, chunk_statistics
-            if output is None:
-                output = new_output(query, value)
-            output[:, :, rows] = chunk
-            if chunks.problem.grad and chunk_statistics is not None:
-                statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
-                statistics[:, :, rows] = chunk_statistics
-    if output is None and not chunks.problem.queries:
-        output = new_output(query, value)
-    return output, statistics
+            output = RecomputedAttention.apply(query, key, value, mask, scale, chunks)
+    return output

@@ -98,6 +98,18 @@ def rules(device: torch.device) -> Rules:
     return RULES[kind(device)]
 
 
+def switches() -> tuple[bool, ...]:
+    """Which of PyTorch's fused kernels the user or the host has left switched on."""
+    return tuple(switch() for switch in _SWITCHES)
+
+
+_SWITCHES = [
+    getattr(torch.backends.cuda, name)
+    for name in ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
+    if hasattr(torch.backends.cuda, name)  # the last is newer than torch 2.1.2
+]
+
+
 def least_tile_bytes(device: torch.device) -> int:
     """The smallest buffer of scores that is still efficient, with as many threads as there are."""
     return rules(device).least_tile_bytes * (torch.get_num_threads() if device.type == "cpu" else 1)
@@ -121,6 +133,37 @@ def free_bytes(device: torch.device) -> int:
         return max(0, int(_FREE.get(device.type, _free_unknown)(device)))
     except Exception:
         return UNKNOWN_FREE_BYTES
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes that there are on `device`, whoever has them: a number that does not change while a process runs.
+
+    Never raises: a device that does not answer is taken to have `UNKNOWN_FREE_BYTES`.
+    """
+    try:
+        return max(0, int(_TOTAL.get(device.type, _free_unknown)(device)))
+    except Exception:
+        return UNKNOWN_FREE_BYTES
+
+
+def _total_of_properties(device: torch.device) -> int:
+    return getattr(torch, device.type).get_device_properties(device).total_memory
+
+
+def _total_mps(device: torch.device) -> int:
+    return torch.mps.recommended_max_memory()
+
+
+def _total_directml(device: torch.device) -> int:
+    return torch.dml.mem_get_info(device)[1]
+
+
+def _total_cpu(device: torch.device) -> int:
+    limits = [_host_bytes("MemTotal", "total", 2, "SC_PHYS_PAGES")]
+    for limit, _, _ in _container_files():
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(_number(limit))
+    return min(limits)
 
 
 def _free_cuda(device: torch.device) -> int:
@@ -153,31 +196,36 @@ def _free_cpu(device: torch.device) -> int:
 
 
 def _free_host() -> int:
+    return _host_bytes("MemAvailable", "available", 3, "SC_AVPHYS_PAGES")
+
+
+def _host_bytes(linux: str, psutils: str, windows: int, pages: str) -> int:
+    """What the computer tells of its memory, by the name that each way of asking has for it."""
     try:
         with open("/proc/meminfo", "rb") as lines:
             for line in lines:
-                if line.startswith(b"MemAvailable:"):
+                if line.startswith(f"{linux}:".encode()):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
     with contextlib.suppress(ImportError):
         import psutil  # the web UI has it; the library must not need it
 
-        return psutil.virtual_memory().available
-    if (free := _free_windows()) is not None:
-        return free
+        return getattr(psutil.virtual_memory(), psutils)
+    if (told := _memory_status(windows)) is not None:
+        return told
     with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS no such name
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return UNKNOWN_FREE_BYTES
 
 
-def _free_windows() -> int | None:
-    """The physical memory that is available, second of the seven counts of MEMORYSTATUSEX; None where nothing tells."""
+def _memory_status(field: int) -> int | None:
+    """A field of Windows' MEMORYSTATUSEX: 2 is the physical memory, 3 what of it is available. None elsewhere."""
     if not hasattr(ctypes, "windll"):
         return None
     status = struct.Struct("=II7Q")
     buffer = ctypes.create_string_buffer(status.pack(status.size, *[0] * 8), status.size)
-    return status.unpack(buffer.raw)[3] if ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer) else None
+    return status.unpack(buffer.raw)[field] if ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer) else None
 
 
 def _free_container() -> float:
@@ -244,6 +292,14 @@ _FREE = {
     "cpu": _free_cpu,
 }
 
+_TOTAL = {
+    "cuda": _total_of_properties,
+    "mps": _total_mps,
+    "xpu": _total_of_properties,
+    "privateuseone": _total_directml,
+    "cpu": _total_cpu,
+}
+
 # How devices say that they are out of memory where they raise no error class of their own, in lower case. What says
 # that a device is lost, an address illegal, an argument invalid or a kernel too large must match none of them.
 OUT_OF_MEMORY_TEXTS = (
@@ -296,12 +352,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
     Under autocast a plain `bmm` is cast to half but `bmm(out=)` is not, so a kernel that mixes them fails.
     """
-    if not _autocast_enabled(device.type):
+    if not autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-def _autocast_enabled(device_type: str) -> bool:
+def autocast_enabled(device_type: str) -> bool:
+    """Whether PyTorch would cast operators' arguments on such a device."""
     try:
         return torch.is_autocast_enabled(device_type)
     except (TypeError, RuntimeError):  # torch before 2.4 takes no argument; some devices have no autocast

@@ -1,12 +1,19 @@
-"""The signature that the web UI, ComfyUI and Forge ship, as a drop-in for their kernel."""
+"""Functions for the places of others: of the web UI's kernel, of that of ComfyUI and Forge, and of PyTorch's own.
+
+`efficient_dot_product_attention` has one name and two meanings out there. AUTOMATIC1111's web UI hands over keys
+[batch * heads, keys, width]; ComfyUI and Forge hand over the same transposed, [batch * heads, width, keys], and where
+the width equals the number of keys nothing but the caller tells them apart. So each has a function here.
+"""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .attention import attention
+from .engines import pytorch
 from .settings import CHUNK_MAX, Settings
 
 
@@ -18,8 +25,10 @@ def efficient_dot_product_attention(
     kv_chunk_size: int | None = None,
     kv_chunk_size_min: int | None = None,
     use_checkpoint: bool = True,
+    upcast_attention: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention in the chunks that the caller asks for, as far as memory allows.
+    """Exact attention in the chunks that the caller asks for, as far as memory allows: the web UI's function.
 
     Args:
         query: [batch * heads, queries, width]; key [batch * heads, keys, width]; value [batch * heads, keys, value
@@ -28,6 +37,8 @@ def efficient_dot_product_attention(
         kv_chunk_size: keys scored at a time; the square root of their number if None.
         kv_chunk_size_min: the least number of keys scored at a time.
         use_checkpoint: recompute scores in the backward pass instead of keeping them.
+        upcast_attention: compute half precision in float32.
+        mask: broadcastable to [batch * heads, queries, keys]; bool (True = may attend) or added to the scores.
 
     Returns:
         [batch * heads, queries, value width] in value's dtype.
@@ -49,5 +60,65 @@ def efficient_dot_product_attention(
         query_chunk=min(query_chunk_size, CHUNK_MAX),
         kv_chunk=min(kv_chunk_size, CHUNK_MAX),
         checkpointing="always" if use_checkpoint else "never",
+        upcast="always" if upcast_attention else "never",
     )
-    return attention(query, key, value, settings=settings)
+    return attention(query, key, value, mask=mask, settings=settings)
+
+
+def efficient_dot_product_attention_of_transposed_keys(
+    query: Tensor, key: Tensor, value: Tensor, *sizes: int | None, **more
+) -> Tensor:
+    """`efficient_dot_product_attention` as ComfyUI and Forge call it: with keys [batch * heads, width, keys].
+
+    Args:
+        sizes, more: the further arguments of `efficient_dot_product_attention`, by place or by name.
+
+    Raises:
+        ValueError: as `efficient_dot_product_attention`.
+    """
+    if not isinstance(key, Tensor) or key.dim() != 3:
+        shape = list(getattr(key, "shape", ()))
+        raise ValueError(f"key has shape {shape}; expected [batch * heads, width, tokens]")
+    return efficient_dot_product_attention(query, key.transpose(1, 2), value, *sizes, **more)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, which it may be put in the place of, inside a memory limit.
+
+        torch.nn.functional.scaled_dot_product_attention = lib_subquad.sdpa
+
+    Takes and returns what PyTorch's function does. Dropout, causal masks, and whatever attention() does not know are
+    PyTorch's to compute. A row that may attend to nothing gives zeros.
+
+    Args:
+        query: [..., queries, width]; key [..., keys, width], value [..., keys, value width], whose leading dimensions
+            broadcast; with `enable_gqa` several of query's heads share one of theirs.
+        attn_mask: broadcastable to [..., queries, keys]; bool (True = may attend) or added to the scores.
+    """
+    pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    pytorchs.update({"scale": scale} if scale is not None else {}, **({"enable_gqa": True} if enable_gqa else {}))
+    if dropout_p or is_causal or pytorch.is_running():
+        return pytorch.OWN(query, key, value, **pytorchs)
+    try:
+        return attention(*_with_equal_leading(query, key, value, enable_gqa), mask=attn_mask, scale=scale)
+    except ValueError:  # integers, nested tensors, an error that PyTorch has better words for
+        return pytorch.OWN(query, key, value, **pytorchs)
+
+
+def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if shared and query.dim() > 2 and key.dim() > 2:
+        key, value = (it.repeat_interleave(query.shape[-3] // it.shape[-3], dim=-3) for it in (key, value))
+    tensors = (query, key, value)
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return tensors
+    leading = torch.broadcast_shapes(*(it.shape[:-2] for it in tensors))
+    return tuple(it.expand(*leading, *it.shape[-2:]) for it in tensors)

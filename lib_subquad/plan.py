@@ -7,25 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import device as devices
-from .engines import Sizes, fused, portable
-from .problem import Problem, as_count, checked_shape, item_bytes
+from . import memory, refusals
+from .engines import order
+from .engines.base import Engine, Sizes
+from .problem import Problem, as_count, checked_shape
 from .settings import Settings, check_settings, shown
-
-ENGINES = {engine.NAME: engine for engine in (fused, portable)}  # in order of preference
-
-# One row of one head by this many keys is the least that is ever tried.
-SMALLEST_KV_CHUNK = 64
-# Query chunks of the portable engine shrink to this before key chunks do: fewer rows leave the matrix units idle.
-SMALLEST_FAST_QUERY_CHUNK = 256
-# Heads of a tile, where there are queries enough: as many as a CPU has memory channels to keep busy.
-FEWEST_HEADS = 2
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one call is computed.
 
-    `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all of them for *fused*);
+    `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all where keys are not split);
     `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
     that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
@@ -46,7 +39,8 @@ class Plan:
         return Sizes(self.query_chunk, self.kv_chunk, self.head_chunk)
 
     def __str__(self) -> str:
-        heads = f", {self.head_chunk} heads at a time" if self.engine == portable.NAME else ""
+        splits = order.named(self.engine).SPLITS_KEYS
+        heads = f", {self.head_chunk} heads at a time" if splits else ""
         retries = f", {self.retries} retries" if self.retries else ""
         reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
         workspace = self.workspace_bytes / devices.MIB
@@ -74,7 +68,7 @@ def plan(
         dtype: of query and key.
         device: where they are.
         settings: the user's.
-        free_bytes: the device's free memory, asked of the device if None.
+        free_bytes: the device's free memory, asked of the device if None; with gradients, all memory that it has.
         more: `value_dtype`, `mask_shape`, `mask_dtype`, `grad`, `mask_grad`, as `Problem.from_shapes` takes them.
 
     Raises:
@@ -93,20 +87,42 @@ def plan(
 def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = None) -> Plan:
     """The plan for a problem; see `plan`."""
     if free_bytes is None:
-        free_bytes = devices.free_bytes(problem.device)
+        free_bytes = memory.reading(problem.device, problem.grad).bytes
     share, limit = free_bytes * settings.memory_limit // 100, limit_bytes(problem, settings, free_bytes)
-    engine, reasons = _choose(problem, settings)
-    if engine == fused.NAME:
-        made = _plan_fused(problem, settings, limit)
-        if made.workspace_bytes > limit:
-            reasons, made = ["the fused kernel does not fit the memory limit"], _plan_portable(problem, settings, limit)
-    else:
-        made = _plan_portable(problem, settings, limit)
+    made, passed_over = _walk(problem, settings, limit)
     if made.workspace_bytes > share:
         made = replace(made, reasons=(*made.reasons, _floor_won(limit)))
-    if made.engine == portable.NAME and problem.grad and problem.queries and settings.checkpointing == "never":
+    if problem.grad and problem.queries and settings.checkpointing == "never":
         made = _keeping_scores(problem, made, share)
-    return replace(made, reasons=(*reasons, *made.reasons))
+    why = passed_over or [order.named(made.engine).WHY]
+    return replace(made, reasons=(*why, *made.reasons))
+
+
+def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[str]]:
+    """The plan of the first engine that can do it, and why those before it cannot; if none can, of the last."""
+    wanted = order.candidates(settings.engine)
+    passed_over = [f"the engine is set to {wanted[0].NAME}"] if wanted[0] is not order.engines()[0] else []
+    for engine in wanted:
+        reasons = why_not(engine, problem, settings)
+        made = _of(engine, problem, settings, limit)
+        if not reasons and made.workspace_bytes > limit and not engine.SPLITS_KEYS:
+            reasons = [f"the {engine.NAME} kernel does not fit the memory limit"]
+        if not reasons:
+            break
+        passed_over += reasons
+    return made, passed_over
+
+
+def why_not(engine: Engine, problem: Problem, settings: Settings) -> list[str]:
+    """Every reason why this engine cannot do the problem as the user wants it; empty if it can."""
+    splits = 0 < settings.kv_chunk < problem.keys and not engine.SPLITS_KEYS
+    by_the_user = [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"] if splits else []
+    return by_the_user or engine.why_not(problem) or refusals.of(problem, engine.NAME)
+
+
+def _of(engine: Engine, problem: Problem, settings: Settings, limit: int) -> Plan:
+    sizes, reasons = engine.fitting(problem, settings, limit)
+    return Plan(engine.NAME, *sizes, engine.workspace_bytes(problem, sizes), tuple(reasons))
 
 
 def limit_bytes(problem: Problem, settings: Settings, free_bytes: int) -> int:
@@ -116,68 +132,28 @@ def limit_bytes(problem: Problem, settings: Settings, free_bytes: int) -> int:
     Counts of free memory can be wrong (what an allocator or a page cache would give back reads as used), and smaller
     tiles take a hundred times as long. Whether so little is really too much shows: the call is tried again with less.
     """
-    least = _preferred_sizes(problem, Settings(), least=True)
-    asked = least._replace(  # of several chunks one result stays beside the next
-        queries=min(least.queries, settings.query_chunk or least.queries),
-        keys=min(least.keys, settings.kv_chunk or least.keys),
-    )
-    needed = max(portable.workspace_bytes(problem, sizes) for sizes in {least, asked})
+    needed = order.engines()[-1].least_bytes(problem, settings)
     return max(free_bytes * settings.memory_limit // 100, needed)
 
 
-def with_sizes(problem: Problem, made: Plan, engine: str, sizes: Sizes) -> Plan:
-    """The same plan with another engine or other sizes."""
+def with_sizes(problem: Problem, made: Plan, engine: Engine, sizes: Sizes) -> Plan:
+    """The same plan with another engine or other sizes, and without scores that are kept."""
     return replace(
         made,
-        engine=engine,
+        engine=engine.NAME,
         query_chunk=sizes.queries,
         kv_chunk=sizes.keys,
         head_chunk=sizes.heads,
-        workspace_bytes=(portable.kept_bytes if made.keeps_scores else ENGINES[engine].workspace_bytes)(problem, sizes),
+        workspace_bytes=engine.workspace_bytes(problem, sizes),
+        keeps_scores=False,
     )
-
-
-def _choose(problem: Problem, settings: Settings) -> tuple[str, list[str]]:
-    """The engine, and why."""
-    if settings.engine == portable.NAME:
-        return portable.NAME, ["the engine is set to portable"]
-    if 0 < settings.kv_chunk < problem.keys:
-        return portable.NAME, [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"]
-    reasons = fused.why_not(problem)
-    return (portable.NAME, reasons) if reasons else (fused.NAME, ["PyTorch has a fused kernel for these sizes"])
-
-
-def _plan_fused(problem: Problem, settings: Settings, limit: int) -> Plan:
-    rows = min(settings.query_chunk or problem.queries, problem.queries)
-    sizes, reasons = Sizes(rows, problem.keys, problem.heads), []
-    while fused.workspace_bytes(problem, sizes) > limit and sizes.queries > SMALLEST_FAST_QUERY_CHUNK:
-        sizes = sizes._replace(queries=_half(sizes.queries, SMALLEST_FAST_QUERY_CHUNK))
-    if sizes.queries < rows and settings.query_chunk:
-        reasons.append(_overruled("query", rows, sizes.queries, "the memory limit"))
-    return Plan(fused.NAME, *sizes, fused.workspace_bytes(problem, sizes), tuple(reasons))
-
-
-def _plan_portable(problem: Problem, settings: Settings, limit: int) -> Plan:
-    wanted = _preferred_sizes(problem, settings)
-    sizes, reasons = wanted, []
-    for fits, why in (
-        (lambda tried: _device_allows(problem, tried), "the largest tensor this device can hold"),
-        (lambda tried: portable.workspace_bytes(problem, tried) <= limit, "the memory limit"),
-    ):
-        before = sizes
-        sizes = _shrink(sizes, fits)
-        if settings.query_chunk and sizes.queries < before.queries:
-            reasons.append(_overruled("query", before.queries, sizes.queries, why))
-        if settings.kv_chunk and sizes.keys < before.keys:
-            reasons.append(_overruled("key/value", before.keys, sizes.keys, why))
-        if not fits(sizes):
-            reasons.append(f"even the smallest chunks exceed {why}")
-    return Plan(portable.NAME, *sizes, portable.workspace_bytes(problem, sizes), tuple(reasons))
 
 
 def _keeping_scores(problem: Problem, made: Plan, limit: int) -> Plan:
     """The plan with scores kept for the backward pass, or the reason why they are recomputed all the same."""
-    kept = portable.kept_bytes(problem, made.sizes)
+    kept = order.named(made.engine).kept_bytes(problem, made.sizes)
+    if kept is None:
+        return made
     if not devices.rules(problem.device).keeps_scores:
         why = "this device could not hold them in one tensor"
     elif kept > limit:
@@ -187,59 +163,9 @@ def _keeping_scores(problem: Problem, made: Plan, limit: int) -> Plan:
     return replace(made, reasons=(*made.reasons, f"scores are recomputed in the backward pass: {why}"))
 
 
-def _preferred_sizes(problem: Problem, settings: Settings, least: bool = False) -> Sizes:
-    """The user's sizes, and for those left automatic the ones that fill the device's tile, or its least one."""
-    rules = devices.rules(problem.device)
-    tile_bytes = devices.least_tile_bytes(problem.device) if least else rules.tile_bytes
-    scores = tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
-    keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
-    heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
-    rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
-    heads = max(heads, min(problem.heads, scores // (keys * rows)))
-    # Threads take whole heads: a group that is no multiple leaves one of them idle.
-    heads = max(heads // FEWEST_HEADS * FEWEST_HEADS, min(FEWEST_HEADS, problem.heads), 1)
-    return Sizes(rows, keys, heads)
-
-
-def _shrink(sizes: Sizes, fits) -> Sizes:
-    """Smaller sizes until they fit: heads and queries as far as they stay fast, then one head, keys, queries."""
-    for field, least in (
-        ("heads", FEWEST_HEADS),
-        ("queries", SMALLEST_FAST_QUERY_CHUNK),
-        ("heads", 1),
-        ("keys", SMALLEST_KV_CHUNK),
-        ("queries", 1),
-    ):
-        while not fits(sizes) and getattr(sizes, field) > least:
-            sizes = sizes._replace(**{field: _half(getattr(sizes, field), least)})
-    return sizes
-
-
-def _device_allows(problem: Problem, sizes: Sizes) -> bool:
-    rules = devices.rules(problem.device)
-    rows = max(sizes.keys, problem.width, problem.value_width)
-    elements = sizes.heads * max(sizes.queries * rows, sizes.keys * max(problem.width, problem.value_width))
-    if rules.largest_elements is not None and elements > rules.largest_elements:
-        return False
-    bytes_ = elements * item_bytes(devices.compute_dtype(problem.dtype))
-    return rules.largest_bytes is None or bytes_ <= rules.largest_bytes
-
-
-def _half(size: int, smallest: int) -> int:
-    return max(size // 2, smallest)
-
-
-def _multiple_of_64(size: int) -> int:
-    return max(size // 64 * 64, 1)
-
-
 def _floor_won(limit: int) -> str:
     least = max(limit / devices.MIB, 0.1)
     return (
         f"the memory limit leaves less than the {least:.1f} MiB that efficient chunks need; smaller ones are for when "
         "memory really runs out"
     )
-
-
-def _overruled(which: str, wanted: int, used: int, by: str) -> str:
-    return f"the {which} chunk size of {wanted} is {used} here: {by}"

@@ -128,30 +128,6 @@ def item_bytes(dtype: torch.dtype) -> int:
     return 1 if dtype == torch.bool else torch.finfo(dtype).bits // 8
 
 
-def with_four_dimensions(tensor: Tensor) -> Tensor:
-    """[..., tokens, width] as [batch, heads, tokens, width]: a view wherever strides allow it."""
-    while tensor.dim() < 4:
-        tensor = tensor.unsqueeze(0)
-    return tensor.flatten(0, -4)
-
-
-def mask_with_four_dimensions(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """A mask that broadcasts to [*leading, queries, keys] in four dimensions, each full or one."""
-    mask = mask[(None,) * (len(leading) + 2 - mask.dim())]
-    if len(leading) > 2 and any(size != 1 for size in mask.shape[:-3]):
-        mask = mask.expand(*leading[:-1], *mask.shape[-3:])
-    return with_four_dimensions(mask)
-
-
-def new_output(query: Tensor, value: Tensor) -> Tensor:
-    """An empty [batch, heads, queries, value width] in value's dtype, with tokens before heads in memory where query
-    has them so: a layer then reads it as [batch, tokens, channels] without a copy."""
-    batch, heads, queries, _ = query.shape
-    if query.stride(2) > query.stride(1):
-        return value.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-    return value.new_empty(batch, heads, queries, value.shape[-1])
-
-
 def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
     """A shape that did not come from a tensor, its sizes of whatever integer type.
 

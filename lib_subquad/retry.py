@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from . import console
+from . import console, memory, refusals
 from . import device as devices
-from .engines import Sizes, fused, portable
-from .plan import SMALLEST_FAST_QUERY_CHUNK, SMALLEST_KV_CHUNK, Plan, limit_bytes, plan_problem, with_sizes
+from .engines import order
+from .plan import Plan, limit_bytes, plan_problem, with_sizes
 from .problem import Problem
 from .settings import Settings
 
@@ -23,9 +23,9 @@ _remembered: dict[tuple[Problem, Settings], tuple[Plan, int]] = {}
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
 
 
-def plan_for(problem: Problem, settings: Settings) -> Plan:
-    """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it."""
-    free = devices.free_bytes(problem.device)
+def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
+    """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
+    gradients are wanted `free` is all that there is, which never grows."""
     found = _remembered.get((problem, settings))
     if found is not None:
         made, failed_at = found
@@ -37,8 +37,10 @@ def plan_for(problem: Problem, settings: Settings) -> Plan:
 
 
 def forget() -> None:
-    """Forget every size that was found to fit, and that it was logged."""
+    """Forget every size that was found to fit, every refusal, that they were logged, and how much memory was free."""
     _remembered.clear()
+    refusals.forget()
+    memory.forget()
     warn_once.cache_clear()
 
 
@@ -59,32 +61,53 @@ class Attempts:
     @property
     def recomputes(self) -> bool:
         """Whether gradients are recomputed, rather than left to PyTorch and what it keeps."""
-        return self.problem.grad and self.plan.engine == portable.NAME and not self.plan.keeps_scores
+        differentiable = order.named(self.plan.engine).DIFFERENTIABLE
+        return self.problem.grad and not differentiable and not self.plan.keeps_scores
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Raises the device's own error when it is no out-of-memory, when retrying is off, or when the smallest chunk
-        has failed as well; then with a line that says what was tried."""
+        """Raises what `smaller_after` does."""
         try:
             yield
             self.pending = False
             return
         except Exception as error:
-            if not (self.settings.retry and devices.is_out_of_memory(error)):
-                raise
-            smaller = halved(self.problem, self.plan)
-            if smaller is None:
-                self._say_what_was_tried(error)
-                raise
+            smaller = self.smaller_after(error)
         # Out of the except block the traceback is gone, and with it the tensors that its frames held.
-        devices.release_cached(self.problem.device)
-        self.plan = smaller
-        self._remember()
+        self.go_on(smaller)
 
-    def _remember(self) -> None:
-        warn_once("[subquad] out of memory: going on with smaller chunks")
-        free = devices.free_bytes(self.problem.device)
-        _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
+    def smaller_after(self, error: Exception) -> Plan:
+        """What to try after `error`, which is being handled: smaller sizes where memory ran out, the next engine where
+        the kernel of this one refused.
+
+        Raises:
+            Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
+                line that says what.
+        """
+        if refusals.is_refusal(error):
+            later = next_engine(self.problem, self.plan)
+            if later is None:
+                raise error
+            reason = refusals.remember(self.problem, self.plan.engine, error)
+            return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
+        if not (self.settings.retry and devices.is_out_of_memory(error)):
+            raise error
+        smaller = halved(self.problem, self.plan)
+        if smaller is None:
+            self._say_what_was_tried(error)
+            raise error
+        return smaller
+
+    def go_on(self, smaller: Plan) -> None:
+        """Take that plan, for this call and the next ones of its kind."""
+        ran_out = smaller.retries > self.plan.retries
+        self.plan = smaller
+        memory.forget()  # a call that is known is planned anew, with what was found
+        if ran_out:
+            devices.release_cached(self.problem.device)
+            warn_once("[subquad] out of memory: going on with smaller chunks")
+            free = memory.reading(self.problem.device, self.problem.grad).bytes
+            _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
 
     def _say_what_was_tried(self, error: Exception) -> None:
         line = (
@@ -116,32 +139,25 @@ class Chunks(Attempts):
 
 
 def halved(problem: Problem, plan: Plan) -> Plan | None:
-    """The plan with its larger chunk halved; None when one row by the smallest key chunk has been tried.
+    """The plan with smaller sizes, or with the next engine where this one has none; None when all has been tried.
 
     Scores that were to be kept are recomputed first.
-    Fused attention whose chunks are no longer worth a fused kernel gives way to the portable engine.
     """
-    smallest_keys = min(SMALLEST_KV_CHUNK, problem.keys)
-    queries, keys, _ = plan.sizes
-    engine = plan.engine
-    if plan.keeps_scores:
-        plan = replace(plan, keeps_scores=False)
-    elif engine == fused.NAME:
-        if queries > SMALLEST_FAST_QUERY_CHUNK:
-            queries //= 2
-        elif portable.why_not(problem):
-            return None
-        else:
-            engine, keys = portable.NAME, min(keys, devices.rules(problem.device).kv_tile)
-    elif keys > smallest_keys and (keys >= queries or queries == 1):
-        keys = max(keys // 2, smallest_keys)
-    elif queries > 1:
-        queries //= 2
-    else:
+    engine = order.named(plan.engine)
+    sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
+    smaller = next_engine(problem, plan) if sizes is None else with_sizes(problem, plan, engine, sizes)
+    if smaller is None:
         return None
-    heads = problem.heads if engine == fused.NAME else 1
-    smaller = with_sizes(problem, plan, engine, Sizes(queries, keys, heads))
     return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
+
+
+def next_engine(problem: Problem, plan: Plan) -> Plan | None:
+    """The plan with the exact engine after its own that can do the problem; None where there is none."""
+    engines = list(order.engines())
+    for engine in engines[engines.index(order.named(plan.engine)) + 1 :]:
+        if engine.EXACT and not engine.why_not(problem) and not refusals.of(problem, engine.NAME):
+            return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))
+    return None
 
 
 RETRY_REASON = "smaller chunks after an out-of-memory"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ OPTIONS: dict[str, Option] = {
         "Engine",
         "automatic takes PyTorch's fused kernel where the device has one and the portable one elsewhere. fused is "
         "fastest; portable runs everywhere and never needs more memory than its chunks.",
-        choices=("automatic", "fused", "portable"),
+        choices=("automatic",),  # and the engines, which register themselves
     ),
     "checkpointing": Option(
         "automatic",
@@ -141,6 +141,11 @@ OPTIONS: dict[str, Option] = {
         "A retried image can differ in its last bits.",
     ),
 }
+
+
+def offer_engines(names: Sequence[str]) -> None:
+    """These are the engines that `Settings.engine` may name from now on, beside *automatic*."""
+    OPTIONS["engine"] = dataclasses.replace(OPTIONS["engine"], choices=("automatic", *names))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 
+import lib_subquad
+
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
 BOUND = (
     "modules",
@@ -24,6 +26,14 @@ BOUND = (
     "demo.page",
     "demo.settings_panel",
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_yet():
+    """Plans are remembered from call to call, and tests change what they depend on."""
+    lib_subquad.forget()
+    yield
+    lib_subquad.forget()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from lib_subquad import retry
+from lib_subquad import calls
 
 PRODUCTS = ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "addmm_", "addbmm", "addbmm_")
 
@@ -139,7 +139,7 @@ def alone():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    retry.forget()
+    calls.forget()
     yield
-    retry.forget()
+    calls.forget()
     torch.set_num_threads(threads)

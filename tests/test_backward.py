@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention
-from lib_subquad.backward import ChunkedAttention
+from lib_subquad.recompute import RecomputedAttention
 from tests.personality import FailAt, alone
 
 SHAPES = (2, 3, 7, 70)  # batch, heads, queries, keys
@@ -219,7 +219,7 @@ def test_a_module_in_eval_mode_trains_what_is_put_into_it():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradients_no_graph(mode, monkeypatch):
-    monkeypatch.setattr(ChunkedAttention, "apply", lambda *args: pytest.fail("nobody asked for gradients"))
+    monkeypatch.setattr(RecomputedAttention, "apply", lambda *args: pytest.fail("nobody asked for gradients"))
     tensors = inputs()
     for settings in (Settings(), Settings(**CHUNKED)):
         with mode():

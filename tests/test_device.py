@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lib_subquad
 from lib_subquad import Settings, attention
 from lib_subquad import device as devices
 from lib_subquad.engines import fused, portable
@@ -31,6 +32,7 @@ def pretend(monkeypatch):
         caps = {"largest_elements": FORBIDDEN[kind].elements, "largest_bytes": FORBIDDEN[kind].bytes}
         monkeypatch.setitem(devices.RULES, kind, replace(devices.RULES[kind], **{**caps, **dropped}))
         monkeypatch.setattr(devices, "kind", lambda device: kind)
+        lib_subquad.forget()
         return Personality(kind)
 
     return as_device

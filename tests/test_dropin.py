@@ -1,4 +1,4 @@
-"""efficient_dot_product_attention in place of the kernel that the web UI, ComfyUI and Forge ship."""
+"""Our functions in the place of those that the web UI, ComfyUI, Forge and PyTorch itself ship."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from lib_subquad import attention, efficient_dot_product_attention
+from lib_subquad import (
+    attention,
+    efficient_dot_product_attention,
+    efficient_dot_product_attention_of_transposed_keys,
+    sdpa,
+)
+from lib_subquad.engines import fused
 from lib_subquad.lab.peers import Unsupported, without_its_package
 
 pytestmark = [
@@ -56,8 +63,8 @@ def tensors(heads, queries, keys, width, value_width=None, seed=0):
 
 def test_same_signature(seed):
     ours, theirs = (inspect.signature(function).parameters for function in (efficient_dot_product_attention, seed))
-    assert list(ours) == list(theirs)
-    assert [parameter.default for parameter in ours.values()] == [parameter.default for parameter in theirs.values()]
+    assert list(ours)[: len(theirs)] == list(theirs)  # and then what Forge's has beside it
+    assert all(ours[name].default == parameter.default for name, parameter in theirs.items())
 
 
 @given(st.data())
@@ -165,3 +172,119 @@ def test_only_three_dimensions_and_some_keys():
     with pytest.raises(ValueError, match=r"key has shape \[1, 0, 8\]; expected at least one key"):
         efficient_dot_product_attention(query, key[:, :0], value[:, :0])
     assert efficient_dot_product_attention(query[:, :0], key, value).shape == (1, 0, 8)
+
+
+# --------------------------------------------------------------------------------------------- keys that are transposed
+
+
+@pytest.mark.parametrize("keys", [77, 16])  # 16: the width, where nothing tells one form from the other
+@pytest.mark.parametrize("more", [{}, {"upcast_attention": True}, {"mask": True}, {"use_checkpoint": False}], ids=str)
+def test_as_comfyui_and_forge_call_it(keys, more):
+    query, key, value = torch.randn(4, 20, 16), torch.randn(4, keys, 16), torch.randn(4, keys, 16)
+    if "mask" in more:
+        more = {"mask": torch.randn(4, 20, keys)}
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=more.get("mask"))
+    more = {"query_chunk_size": 8, "kv_chunk_size": None, "kv_chunk_size_min": None, **more}
+    found = efficient_dot_product_attention_of_transposed_keys(query, key.movedim(1, 2), value, **more)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(efficient_dot_product_attention(query, key, value, **more), found)
+
+
+def test_half_precision_upcast():
+    query, key, value = torch.randn(3, 2, 20, 16).half() * 200
+    found = efficient_dot_product_attention(query, key, value, upcast_attention=True)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert found.dtype == torch.float16 and (found.double() - exact).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("key", [torch.randn(4, 16), None, "key"])
+def test_transposed_keys_that_are_none(key):
+    with pytest.raises(ValueError, match=r"^key has shape .*; expected \[batch \* heads, width, tokens\]$"):
+        efficient_dot_product_attention_of_transposed_keys(torch.randn(4, 20, 16), key, torch.randn(4, 7, 16))
+
+
+# ----------------------------------------------------------------------------------- in the place of PyTorch's function
+
+SDPA_CALLS = {
+    "as it is": {},
+    "bool mask": {"attn_mask": torch.rand(20, 30) > 0.3},
+    "float mask": {"attn_mask": torch.randn(2, 1, 20, 30)},
+    "scale": {"scale": 0.3},
+    "causal": {"is_causal": True},
+    "no batch": {"leading": (3,)},
+    "more batches": {"leading": (2, 2, 3)},
+    "broadcast": {"leading": (2, 3), "others": (1, 3)},
+}
+
+
+@pytest.mark.parametrize("name", SDPA_CALLS)
+def test_sdpa_is_pytorchs(name):
+    more = dict(SDPA_CALLS[name])
+    leading = more.pop("leading", (2, 3))
+    others = more.pop("others", leading)
+    query, key, value = torch.randn(*leading, 20, 8), torch.randn(*others, 30, 8), torch.randn(*others, 30, 8)
+    if "scale" in more and not fused.TAKES_SCALE:
+        pytest.skip("this PyTorch takes no scale")
+    found, mask = sdpa(query, key, value, **more), more.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        more["attn_mask"] = mask.double()
+    exact = F.scaled_dot_product_attention(*(it.double() for it in (query, key, value)), **more)
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-4)
+
+
+def test_sdpa_with_heads_that_share_keys():
+    query, key, value = torch.randn(2, 6, 20, 8), torch.randn(2, 3, 30, 8), torch.randn(2, 3, 30, 8)
+    repeated = (it.repeat_interleave(2, dim=1) for it in (key, value))
+    torch.testing.assert_close(
+        sdpa(query, key, value, enable_gqa=True), F.scaled_dot_product_attention(query, *repeated), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_dropout_is_pytorchs(monkeypatch):
+    query = torch.randn(1, 2, 20, 8)
+    torch.manual_seed(1)
+    expected = F.scaled_dot_product_attention(query, query, query, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(sdpa(query, query, query, dropout_p=0.5), expected)
+
+
+def test_what_is_wrong_gets_pytorchs_words():
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        sdpa(*torch.ones(3, 1, 2, 4, 8, dtype=torch.int64))
+    with pytest.raises((RuntimeError, ValueError)):
+        sdpa(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 7), torch.randn(1, 2, 4, 8))
+
+
+@pytest.mark.parametrize("who", ["sdpa", "attention", "a wrapper of it"])
+def test_in_its_place_nobody_goes_in_circles(monkeypatch, who):
+    """Whoever calls PyTorch's public name comes to us, and we find PyTorch's own behind it."""
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    expected = F.scaled_dot_product_attention(query, key, value)
+    calls = []
+
+    def counted(*tensors, attn_mask=None, **more):
+        calls.append(1)
+        return {"sdpa": sdpa, "attention": attention, "a wrapper of it": sdpa}[who](*tensors, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa if who == "sdpa" else counted)
+    for _ in range(3):
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(attention(query, key, value), expected, atol=1e-5, rtol=1e-4)
+    assert len(calls) < 20
+
+
+def test_others_in_its_place_are_asked(monkeypatch):
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    own, asked = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *them, **more: asked.append(1) or own(*them, **more))
+    attention(query, key, value)
+    assert asked == [1]
+
+
+def test_the_function_that_is_replaced_is_traced_as_its_own(monkeypatch):
+    if not hasattr(torch, "func"):
+        pytest.skip("torch.func is newer")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    query, key, value = torch.randn(3, 4, 2, 20, 8)
+    found = torch.func.vmap(F.scaled_dot_product_attention)(query, key, value)
+    torch.testing.assert_close(found, attention(query, key, value), atol=1e-5, rtol=1e-4)

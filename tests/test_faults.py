@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_subquad import Settings, attention, retry
+from lib_subquad import Settings, attention, calls
 from tests.personality import TEXT, FailAt, alone
 
 ROOT = Path(__file__).parents[1]
@@ -73,13 +73,13 @@ def check(results, dtype: torch.dtype, mask: str, grad: bool) -> None:
 def inject(dtype, mask, grad, settings, halfway) -> tuple[int, list[str]]:
     """Fail once at each operator in turn: how often, and the operators that ended in the device's own error."""
     run(dtype, mask, grad, settings)  # asks PyTorch once which kernel it has
-    retry.forget()
+    calls.forget()
     with FailAt(None) as watching:
         results = run(dtype, mask, grad, settings)
     check(results, dtype, mask, grad)
     errors = []
     for number in range(len(watching.names)):
-        retry.forget()
+        calls.forget()
         failing = FailAt(number, halfway)
         try:
             with failing:
@@ -116,7 +116,7 @@ def test_a_failure_at_any_operator(engine, mask, capsys):
 LIMITED = """
 import ctypes, json, resource, sys
 import torch
-from lib_subquad import Settings, attention, retry
+from lib_subquad import Settings, attention, calls
 
 heads, tokens, spares = json.loads(sys.argv[1])
 torch.manual_seed(0)
@@ -131,7 +131,7 @@ del scores
 for engine in engines:
     for spare in spares:
         plans = []
-        retry.forget()
+        calls.forget()
         ctypes.CDLL(None).malloc_trim(0)
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + spare * 2**20

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lib_subquad import Settings, attention, plan
 from lib_subquad import device as devices
-from lib_subquad.engines import fused
-from lib_subquad.plan import ENGINES, limit_bytes
+from lib_subquad.engines import fused, order
+from lib_subquad.plan import limit_bytes
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
 
@@ -108,12 +108,12 @@ def test_a_torch_that_does_not_tell_its_kernel(monkeypatch):
 
 
 def test_a_torch_without_scale(monkeypatch):
-    monkeypatch.setattr(fused, "_takes_scale", lambda: False)
+    monkeypatch.setattr(fused, "TAKES_SCALE", False)
     assert "has no scale argument before 2.1" in plan_sd15().reasons[0]
 
 
 def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
-    monkeypatch.setattr(fused, "_masks_are_right", lambda: False)
+    monkeypatch.setattr(fused, "MASKS_ARE_RIGHT", False)
     made = plan_sd15(mask_shape=(1, 4096), mask_dtype=torch.bool)
     assert made.engine == "portable" and "rows that may attend to nothing would be NaN" in made.reasons[0]
     assert plan_sd15().engine == "fused"
@@ -283,7 +283,7 @@ def test_any_plan(call):
     limit = free * settings.memory_limit // 100
     assert 1 <= made.query_chunk <= problem.queries or not problem.queries
     assert 1 <= made.kv_chunk <= problem.keys and (1 <= made.head_chunk <= problem.heads or not problem.heads)
-    assert made.workspace_bytes == ENGINES[made.engine].workspace_bytes(problem, made.sizes) >= 0
+    assert made.workspace_bytes == order.named(made.engine).workspace_bytes(problem, made.sizes) >= 0
     words = " ".join(made.reasons)
     if made.workspace_bytes > limit:
         assert FLOOR_WON in words

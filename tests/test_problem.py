@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lib_subquad import Settings, attention, plan
-from lib_subquad.problem import Problem, mask_with_four_dimensions
+from lib_subquad.problem import Problem
+from lib_subquad.tensors import mask_with_four_dimensions
 
 QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
 FLOATS = "expected float16, bfloat16, float32 or float64"

@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import device as devices
+from .. import memory
 from ..problem import Problem, item_bytes
-from . import Sizes, call_bytes
+from ..settings import Settings
+from . import pytorch
+from .base import Sizes, call_bytes, half, overruled
 
 NAME = "fused"
+EXACT = True
+SPLITS_KEYS = False
+DIFFERENTIABLE = True
+WHY = "PyTorch has a fused kernel for these sizes"
+
+SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
 MATH_KERNEL = 0  # torch.nn.attention.SDPBackend.MATH, which keeps all scores in memory
 # What PyTorch's CPU kernel allocates a thread: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
@@ -25,16 +34,11 @@ CPU_KEY_SPLIT = 512
 
 
 def why_not(problem: Problem) -> list[str]:
-    no_fused = devices.rules(problem.device).no_fused
-    if no_fused:
-        return [no_fused]
-    if not _takes_scale():
-        return [f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1"]
-    reasons = []
+    reasons = _never(problem.device, problem.mask is not None)
+    if devices.rules(problem.device).no_fused or not TAKES_SCALE:
+        return reasons
     if problem.mask_grad:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
-    if problem.mask is not None and not _masks_are_right():
-        reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
     if not problem.queries:
         reasons.append("there are no queries")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
@@ -42,9 +46,52 @@ def why_not(problem: Problem) -> list[str]:
     if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
-        return reasons or list(_kernel_reasons(problem, _switches()))
+        return reasons or list(_kernel_reasons(problem, devices.switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
+        if devices.is_out_of_memory(error):
+            memory.forget()  # so that it is asked again at the next call
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
+
+
+def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
+    return _never(device, mask is not None)
+
+
+def _never(device: torch.device, masked: bool) -> list[str]:
+    """Why this device and this PyTorch do not do it, whatever the sizes."""
+    reasons = [devices.rules(device).no_fused] if devices.rules(device).no_fused else []
+    if not TAKES_SCALE:
+        reasons.append(f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1")
+    if masked and not MASKS_ARE_RIGHT:
+        reasons.append(f"torch {torch.__version__}: rows that may attend to nothing would be NaN")
+    return reasons
+
+
+def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
+    wanted = min(settings.query_chunk or problem.queries, problem.queries)
+    chosen = Sizes(wanted, problem.keys, problem.heads)
+    while workspace_bytes(problem, chosen) > limit and (fewer := smaller(problem, chosen)):
+        chosen = fewer
+    overruled_by_limit = settings.query_chunk and chosen.queries < wanted
+    return chosen, [overruled("query", wanted, chosen.queries, "the memory limit")] if overruled_by_limit else []
+
+
+def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
+    if sizes.queries <= SMALLEST_QUERY_CHUNK:
+        return None
+    return sizes._replace(queries=half(sizes.queries, SMALLEST_QUERY_CHUNK))
+
+
+def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
+    return Sizes(sizes.queries, problem.keys, problem.heads)
+
+
+def least_bytes(problem: Problem, settings: Settings) -> int:
+    return 0  # it holds no scores
+
+
+def kept_bytes(problem: Problem, sizes: Sizes) -> None:
+    return None  # nor are any kept for the backward pass
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -89,8 +136,12 @@ def attend(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(problem.upcast_dtype)
     query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    output = pytorch.call(query, key, value, attn_mask=mask, scale=scale)
     return output.to(problem.value_dtype), None
+
+
+def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
@@ -105,9 +156,8 @@ def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@lru_cache(maxsize=1)
 def _takes_scale() -> bool:
-    token = torch.zeros(1, 1, 1, 8)
+    token = torch.zeros(1, 1, 1, 8, device="cpu")  # the default device may have no numbers
     try:
         F.scaled_dot_product_attention(token, token, token, scale=1.0)
     except (AttributeError, TypeError):
@@ -115,18 +165,11 @@ def _takes_scale() -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
 def _masks_are_right() -> bool:
     """Whether a row that may attend to nothing comes out as zeros: NaN on torch 2.1.2, zeros on 2.13."""
-    token = torch.zeros(1, 1, 1, 8)
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    token = torch.zeros(1, 1, 1, 8, device="cpu")
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cpu")
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
-
-
-def _switches() -> tuple[bool, ...]:
-    """What the user or the host has switched off, as part of the key under which an answer is remembered."""
-    names = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
-    return tuple(getattr(torch.backends.cuda, name, bool)() for name in names)
 
 
 @lru_cache(maxsize=1024)
@@ -166,3 +209,8 @@ def _probe(problem: Problem, tokens: int, width: int) -> Tensor:
     token = torch.zeros(width, dtype=problem.upcast_dtype, device=problem.device)
     sizes = (problem.batch, problem.heads, tokens, width)
     return token.as_strided(sizes, (0, 0, 0, 1)).requires_grad_(problem.grad)
+
+
+# Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
+TAKES_SCALE = _takes_scale()
+MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()

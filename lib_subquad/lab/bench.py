@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli, tables
+from . import cli, overhead, tables
 from .capture import capture
 from .measure import Job, Measurement, measure
 from .peers import PEERS, REFERENCE
@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", action="store_true", help="measure the whole forward of ldm's CrossAttention, projections included"
     )
     what.add_argument(
+        "--overhead", action="store_true", help="measure what a small call costs beside PyTorch's function, and no more"
+    )
+    what.add_argument(
         "--capture",
         metavar="CHECKPOINT.safetensors",
         help="measure with queries, keys and values out of this model's U-Net (SD 1 or 2; needs ldm and safetensors; "
@@ -84,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.overhead:
+        print(f"{overhead.report(overhead.measured(args.device))}\n\n`{command()}`")
+        return 0
     peers = list(dict.fromkeys(args.peers + args.peer))
     names = [find_peer(peer).name for peer in peers]
     against = list(dict.fromkeys(args.against or [REFERENCE]))

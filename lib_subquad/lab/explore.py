@@ -17,7 +17,8 @@ import torch
 
 from .. import device as devices
 from ..attention import attention
-from ..engines import Sizes, fused
+from ..engines import order
+from ..engines.base import Sizes
 from ..plan import Plan, limit_bytes, plan_problem
 from ..problem import Problem
 from ..settings import CHUNK_MAX, Settings
@@ -163,9 +164,16 @@ class Exploration:
         queries = [size for size in QUERY_CHUNKS if size < most] + [0]
         keys = [size for size in KV_CHUNKS if size < most] + [0]
         found = [candidate(**AUTOMATIC), candidate()]
-        if any(not fused.why_not(row.problem) for row in self.rows):
-            found += [candidate(engine="automatic", query_chunk=size, kv_chunk=0) for size in queries if size >= 1024]
-        found += [candidate(engine="portable", query_chunk=q, kv_chunk=k) for q in queries for k in keys]
+        for engine in order.engines():
+            if not engine.EXACT or all(engine.why_not(row.problem) for row in self.rows):
+                continue
+            name = "automatic" if engine is order.engines()[0] else engine.NAME
+            sizes = (
+                [(q, k) for q in queries for k in keys]
+                if engine.SPLITS_KEYS
+                else [(q, 0) for q in queries if q >= 1024]
+            )
+            found += [candidate(engine=name, query_chunk=q, kv_chunk=k) for q, k in sizes]
         distinct = {}
         for settings in found:
             distinct.setdefault(tuple(_key(*call) for call in self._calls(settings)), settings)
@@ -273,13 +281,14 @@ class Exploration:
         return _cost(row.problem) * row.layers >= NEGLIGIBLE_SHARE * whole
 
     def _measure(self, problem: Problem, plan: Plan) -> None:
-        whole = plan.engine == fused.NAME and plan.query_chunk >= problem.queries
+        splits = order.named(plan.engine).SPLITS_KEYS
+        whole = not splits and plan.query_chunk >= problem.queries
         settings = replace(
             self.settings,
             retry=False,
             engine=plan.engine,
             query_chunk=0 if whole else min(plan.query_chunk, CHUNK_MAX),
-            kv_chunk=0 if plan.engine == fused.NAME else min(plan.kv_chunk, CHUNK_MAX),
+            kv_chunk=min(plan.kv_chunk, CHUNK_MAX) if splits else 0,
         )
         try:
             query, key, value = _tensors(problem)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .. import device as devices
 from ..attention import attention
-from ..engines import fused
-from ..plan import plan_problem
+from ..engines import order
+from ..plan import plan_problem, why_not
 from ..problem import Problem, item_bytes
 from ..settings import Settings
 
@@ -47,10 +47,9 @@ def _ours(engine: str) -> Peer:
     settings = Settings(engine=engine, retry=False)
 
     def make(problem: Problem) -> Attention:
-        if engine == fused.NAME:
-            reasons = fused.why_not(problem)
-            if reasons or plan_problem(problem, settings).engine != fused.NAME:
-                raise Unsupported("; ".join(reasons) or "does not fit the memory limit")
+        if engine in order.names() and plan_problem(problem, settings).engine != engine:
+            reasons = why_not(order.named(engine), problem, settings)
+            raise Unsupported("; ".join(reasons) or "does not fit the memory limit")
         return lambda query, key, value: attention(query, key, value, settings=settings)
 
     return Peer(engine, make, settings)
@@ -202,8 +201,7 @@ PEERS = {
     for peer in (
         Peer(REFERENCE, _sdpa),
         _ours("automatic"),
-        _ours("fused"),
-        _ours("portable"),
+        *map(_ours, order.names()),
         Peer("sdpa-math", _sdpa_math),
         Peer("memory-efficient-attention", _memory_efficient_attention),
         Peer("diffusers-sliced", _diffusers_sliced),

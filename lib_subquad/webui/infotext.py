@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import memory
 from . import options, status
 from .hosts import host
 
@@ -11,6 +12,7 @@ RETRIES = "Subquad retries"
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force."""
     status.begin()
+    memory.forget()  # the model may have been moved since
     host().prepare()
     if host().active:
         p.extra_generation_params.update(options.changed_from_default())

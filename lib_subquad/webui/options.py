@@ -6,6 +6,7 @@ Where the web UI offers no choice of attention, there is one more: `subquad_use`
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
 from collections.abc import Mapping
 
@@ -50,9 +51,10 @@ INFOTEXT = {
 # The web UI's own flags for its sub-quadratic attention; given on the command line, they are our defaults.
 FLAGS = {"query_chunk": "sub_quad_q_chunk_size", "kv_chunk": "sub_quad_kv_chunk_size"}
 
-_offered: dict[str, Option] = dict(OPTIONS)
+_switch: dict[str, Option] = {}  # whether there is one
 _said: set[str] = set()
-_last: tuple[tuple, Settings] | None = None
+# What was stored when settings were last read, and what that comes to: where the web UI does not upcast, where it does.
+_last: tuple[tuple, tuple[Settings, Settings]] | None = None
 
 
 def key(name: str) -> str:
@@ -65,18 +67,15 @@ def register(switch: bool = False) -> None:
 
     `switch`: the user chooses here whether subquad is used, because the web UI has no list to choose it from.
     """
-    if switch and "use" not in _offered:
-        fields = dict(_offered)
-        _offered.clear()
-        _offered.update({"use": USE, **fields})  # first on the page
-    for name, option in _offered.items():
+    _switch.update({"use": USE} if switch else {})
+    for name, option in offered().items():
         shared.opts.add_option(key(name), _info(name, option))
     put_right()
 
 
 def offered() -> dict[str, Option]:
-    """Every option that is registered: the fields of Settings, and the switch where there is one."""
-    return dict(_offered)
+    """Every option that is registered, in the page's order: the switch where there is one, the fields of Settings."""
+    return {**_switch, **OPTIONS}
 
 
 def use() -> tuple[str, ...]:
@@ -94,19 +93,31 @@ def current(upcasts: bool | None = None) -> Settings:
     setting *Upcast cross attention layer to float32*, that.
     """
     global _last
-    values = tuple(getattr(shared.opts, key(name), option.default) for name, option in OPTIONS.items())
-    known = _last  # one read: the thread that draws previews may replace it
-    if known is not None and _identical(known[0], values):
-        settings = known[1]
-    else:
-        given = dict(zip(OPTIONS, values))
+    stored, known = _stored(), _last  # one read: the thread that draws previews may replace it
+    if known is None or not all(map(operator.is_, known[0], stored)):
+        given = dict(zip(OPTIONS, stored))
         settings, _ = Settings.nearest(given)
         _say(given)
-        _last = (values, settings)
-    if settings.upcast == "web UI":
-        upcasts = getattr(shared.opts, "upcast_attn", False) if upcasts is None else upcasts
-        return dataclasses.replace(settings, upcast="always" if upcasts else "never")
-    return settings
+        known = _last = (stored, tuple(_resolved(settings, upcast) for upcast in ("never", "always")))
+    if upcasts is None:
+        upcasts = getattr(shared.opts, "upcast_attn", False)
+    return known[1][bool(upcasts)]
+
+
+def _stored() -> tuple:
+    """The value of each field as the web UI has it; a look into its dictionary takes a twentieth of asking by name."""
+    data = getattr(shared.opts, "data", {})
+    try:
+        return _FIELDS(data)
+    except (KeyError, TypeError):  # not registered yet
+        return tuple(getattr(shared.opts, key(name), option.default) for name, option in OPTIONS.items())
+
+
+_FIELDS = operator.itemgetter(*map(key, OPTIONS))
+
+
+def _resolved(settings: Settings, upcast: str) -> Settings:
+    return dataclasses.replace(settings, upcast=upcast) if settings.upcast == "web UI" else settings
 
 
 def put_right() -> None:
@@ -114,7 +125,7 @@ def put_right() -> None:
 
     A word that is none of an option's choices stays: another version or another machine knows it.
     """
-    for name, option in _offered.items():
+    for name, option in offered().items():
         stored = shared.opts.data.get(key(name))
         if stored is not None:
             _say({name: stored})
@@ -124,7 +135,7 @@ def put_right() -> None:
 
 def kept() -> dict[str, str]:
     """Field -> the word that is stored for it and not known here; the default holds meanwhile."""
-    stored = {name: shared.opts.data.get(key(name)) for name in _offered}
+    stored = {name: shared.opts.data.get(key(name)) for name in offered()}
     return {name: value for name, value in stored.items() if _unknown_word(name, value)}
 
 
@@ -133,13 +144,13 @@ def default(name: str):
     flag = FLAGS.get(name)
     passed = flag and any(arg.split("=")[0] == "--" + flag.replace("_", "-") for arg in sys.argv)
     value = getattr(shared.cmd_opts, flag, None) if passed else None
-    return _offered[name].default if value is None else _offered[name].nearest(value)
+    return offered()[name].default if value is None else offered()[name].nearest(value)
 
 
 def changed_from_default() -> dict[str, object]:
     """Infotext name -> value for every option that differs from the library's default."""
-    values = {name: option.nearest(getattr(shared.opts, key(name), None)) for name, option in _offered.items()}
-    return {INFOTEXT[name]: value for name, value in values.items() if value != _offered[name].default}
+    values = {name: option.nearest(getattr(shared.opts, key(name), None)) for name, option in offered().items()}
+    return {INFOTEXT[name]: value for name, value in values.items() if value != offered()[name].default}
 
 
 def _info(name: str, option: Option):
@@ -156,7 +167,7 @@ def _info(name: str, option: Option):
         component,
         arguments,
         onchange=put_right,
-        section=HIDDEN if name == "vae" and "use" in _offered else SECTION,  # there the switch says it
+        section=HIDDEN if name == "vae" and _switch else SECTION,  # there the switch says it
         infotext=INFOTEXT[name],
     )
     info.category_id = CATEGORY
@@ -169,11 +180,11 @@ def _identical(one: tuple, other: tuple) -> bool:
 
 def _choices(name: str) -> list[str]:
     """The choices, and a word that is stored and not known here, so that a page shows what it is about to save."""
-    return [*_offered[name].choices, *(word for field, word in kept().items() if field == name)]
+    return [*offered()[name].choices, *(word for field, word in kept().items() if field == name)]
 
 
 def _unknown_word(name: str, value) -> bool:
-    choices = [choice.casefold() for choice in _offered[name].choices]
+    choices = [choice.casefold() for choice in offered()[name].choices]
     is_word = isinstance(value, str) and value.isprintable() and value.strip() != ""  # half a character cannot be saved
     return bool(choices) and is_word and value.strip().casefold() not in choices
 
@@ -181,7 +192,7 @@ def _unknown_word(name: str, value) -> bool:
 def _say(values: Mapping[str, object]) -> None:
     """Tell the console about values that cannot be used, once."""
     for name, value in values.items():
-        for message in _offered[name].put_right(name, value)[1]:
+        for message in offered()[name].put_right(name, value)[1]:
             message += " meanwhile, and keeping what was saved" if _unknown_word(name, value) else ""
             if message not in _said:
                 _said.add(message)

@@ -378,3 +378,13 @@ def test_the_calmest_counts_where_it_is_never_calm(monkeypatch):
     found = measure.measure(Job("sdpa", SMALL), calm=0.1)
     assert found.others == 0.5 and found.tries == measure.CALM_TRIES
     assert len(list(turns)) == 22 - measure.CALM_TRIES
+
+
+def test_overhead_measures_every_case_on_one_thread(capsys):
+    from lib_subquad.lab import overhead
+
+    threads = torch.get_num_threads()
+    found = overhead.measured(rounds=1, calls=3)
+    assert [it.what for it in found] == list(overhead.CASES) and torch.get_num_threads() == threads
+    text = overhead.report(found)
+    assert all(it.what in text and it.theirs > 0 for it in found) and "SDXL (140 calls)" in text

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import device as devices
-from ..problem import Problem, item_bytes, new_output
-from . import Sizes, call_bytes
-
-NAME = "portable"
+from ... import device as devices
+from ...problem import Problem
+from ...tensors import new_output
+from ..base import Sizes
 
 LOG2_E = math.log2(math.e)
 # Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
@@ -26,67 +26,6 @@ SMALLEST_EXPONENT = -100.0
 # A sum of weights this large says that the maximum assumed for a part was too small: more than any number of keys
 # gives, and far from where weighted values would overflow.
 LARGEST_SUM = 1e9
-
-
-def why_not(problem: Problem) -> list[str]:
-    if problem.dtype == torch.float64 and not devices.rules(problem.device).float64:
-        return [f"{problem.device.type} has no float64"]
-    return []
-
-
-def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries)))
-    if problem.grad:  # the statistics of all queries
-        total += problem.batch * problem.heads * problem.queries * 2 * item_bytes(devices.compute_dtype(problem.dtype))
-    return total
-
-
-def kept_bytes(problem: Problem, sizes: Sizes) -> int:
-    """What a call and its backward pass hold where PyTorch itself keeps scores in between, beside output and gradients.
-
-    All weights, with a mask before and after rows that may attend to nothing are cleared, and the scaled queries; what
-    one chunk makes of its scores, or their gradients; for every chunk the keys and values that were converted; and with
-    several chunks the gradient of all queries that each has by itself, and a copy of the output's gradient.
-    """
-    item = item_bytes(devices.compute_dtype(problem.dtype))
-    heads = problem.batch * problem.heads
-    row = heads * problem.keys * item
-    masked = problem.mask is not None
-    converted = problem.dtype != devices.compute_dtype(problem.dtype)
-    chunk = min(sizes.queries, problem.queries)
-    chunks = math.ceil(problem.queries / chunk)
-    keys = row * (problem.width + problem.value_width) * converted
-    queries = heads * problem.queries * problem.width
-    slices = queries * item_bytes(problem.dtype) + problem.output_bytes if chunks > 1 else 0
-    scores = row * (problem.queries * (1 + masked) + chunk * (2 - masked))
-    return scores + queries * item + chunks * keys + slices
-
-
-def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
-    queries, keys, heads = sizes
-    compute = devices.compute_dtype(problem.dtype)
-    # What a group of heads has held stays until the next group has its own: so many heads beside those at work.
-    others = min(heads, problem.heads - heads if problem.heads > heads or problem.batch == 1 else heads)
-    contiguous = devices.rules(problem.device).contiguous
-    converted = problem.dtype != compute or contiguous
-    added = problem.mask is not None and problem.mask_dtype != torch.bool  # the query is scaled before its product
-    query = problem.width if converted or added else 0
-    sums = problem.value_width + 2  # of weighted values; and the maximum and the sum of weights
-    scaling = heads * (query + problem.width * (converted and added)) + others * (query + sums)
-    folding = heads * (query + sums + 2) + others * sums
-    key = problem.width if converted else 0
-    value = problem.value_width if problem.value_dtype != compute or contiguous else 0
-    both = min(2 * keys, problem.keys)  # the keys and values of a part stay until the next part's are converted
-    part = heads * both * (key + value) * item_bytes(compute)
-    if problem.mask is not None and problem.mask_dtype != compute:  # a bool mask is inverted, a float mask converted
-        _, mask_heads, mask_rows, mask_keys = problem.mask
-        tile = min(mask_heads, heads) * min(mask_rows, queries) * min(mask_keys, keys)
-        part += tile * (1 if problem.mask_dtype == torch.bool else item_bytes(compute))
-    scores = heads * queries * keys * item_bytes(compute)
-    row = queries * item_bytes(compute)
-    chunk = problem.batch * problem.heads * queries
-    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + 2 * problem.grad * item_bytes(compute))
-    return scores + max(scaling * row, folding * row + part) + result
 
 
 def attend(
@@ -159,10 +98,10 @@ def fold(
             lazy = lazy and bool((scores.amin() - maximum.amax()) * (scale * LOG2_E) > SMALLEST_EXPONENT)
         else:
             previous, maximum = maximum, torch.maximum(maximum, highest)
-            rescale = exp_(previous.sub_(maximum), scale, clamp=mask is None)
+            rescale = exp_(previous.sub_(maximum), scale)
             total *= rescale
             weighted *= rescale
-        weights = exp_(scores.sub_(maximum), scale, clamp=not lazy and mask is None)
+        weights = exp_(scores.sub_(maximum), scale, underflows=not lazy and mask is None)
         sums = weights.sum(-1, keepdim=True)
         if weighted is None:
             total, weighted = sums, torch.bmm(weights, value)
@@ -195,13 +134,19 @@ def score(query: Tensor, key: Tensor, mask: Tensor | None, scores: Tensor) -> Te
     return scores
 
 
-def exp_(scores: Tensor, scale: float = 1.0, clamp: bool = False) -> Tensor:
+def exp_(scores: Tensor, scale: float = 1.0, underflows: bool = False) -> Tensor:
     """exp(scale * scores) in place. exp2 is three times as fast on the CPU; log2(e) goes in after the maximum has been
-    subtracted, since folding it into the queries costs eleven times the error on large scores."""
+    subtracted, since folding it into the queries costs eleven times the error on large scores.
+
+    `underflows`: some may, which takes a CPU up to twenty times as long. These are kept from it, and are zero all the
+    same: beside the largest values of a dtype not even 2^-100 is nothing.
+    """
     scores.mul_(scale * LOG2_E)
-    if clamp and scores.dtype == torch.float32:
-        scores.clamp_(min=SMALLEST_EXPONENT)
-    return scores.exp2_()
+    if not (underflows and scores.dtype == torch.float32 and devices.rules(scores.device).lazy_maximum):
+        return scores.exp2_()
+    if not scores.amin() < SMALLEST_EXPONENT:
+        return scores.exp2_()
+    return F.threshold_(scores.clamp_(min=SMALLEST_EXPONENT).exp2_(), 2.0**SMALLEST_EXPONENT, 0.0)
 
 
 def scaled(query: Tensor, scale: float) -> Tensor:
@@ -235,11 +180,6 @@ def group_of(mask: Tensor, index: tuple[int, slice]) -> Tensor:
     entry, heads = index
     mask = mask[0 if mask.shape[0] == 1 else entry]
     return mask if mask.shape[0] == 1 else mask[heads]
-
-
-def rows_of(mask: Tensor, rows: slice) -> Tensor:
-    """The rows of a mask, where it has them."""
-    return mask if mask.shape[-2] == 1 else mask[..., rows, :]
 
 
 def key_parts(

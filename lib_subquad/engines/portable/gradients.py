@@ -13,56 +13,18 @@ of any total is rounded away. The division by total goes to the rows of grad_out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import device as devices
-from .engines import Sizes
-from .engines.portable import exp_, group_of, head_groups, key_parts, rows_of, scaled, score, score_buffer, shaped
-from .retry import Attempts
+from ... import device as devices
+from ...tensors import rows_of
+from ..base import Sizes
+from .attend import exp_, group_of, head_groups, key_parts, scaled, score, score_buffer, shaped
 
 
-class ChunkedAttention(torch.autograd.Function):
-    """attention() with gradients in query, key, value and a floating-point mask."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        attend_chunks: Callable[..., tuple[Tensor, Tensor]],
-        attempts: Attempts,
-    ) -> Tensor:
-        """`attend_chunks(query, key, value, mask, scale, attempts)` gives output and statistics, without gradients."""
-        output, statistics = attend_chunks(query, key, value, mask, scale, attempts)
-        ctx.save_for_backward(query, key, value, mask, output, statistics)
-        ctx.scale = scale
-        ctx.call = attempts.problem, attempts.plan, attempts.settings
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        if torch.is_grad_enabled():  # once_differentiable would let them pass as constants where grad_output is one
-            raise RuntimeError(
-                "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never' "
-                "and the memory limit so high that scores are kept"
-            )
-        attempts = Attempts(*ctx.call)
-        with devices.without_autocast(grad_output.device):
-            while attempts.pending:
-                with attempts.attempt():  # from the start: a chunk that failed may have added to grad_key already
-                    gradients = _gradients(
-                        *ctx.saved_tensors, grad_output, ctx.scale, attempts.plan.sizes, ctx.needs_input_grad
-                    )
-        return (*gradients, None, None, None)
-
-
-def _gradients(
+def gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,7 +55,7 @@ def _gradients(
             for part, (keys, values, part_mask) in _parts(key[index], value[index], row_mask, sizes.keys):
                 tile = (*queries.shape[:2], keys.shape[1])
                 weights = score(queries, keys, part_mask, shaped(scores, tile)).sub_(maximum)
-                exp_(weights, clamp=mask is None)
+                exp_(weights, underflows=mask is None)
                 if grad_value is not None:
                     grad_value[index][:, part].baddbmm_(weights.transpose(1, 2), grads)
                 if grad_query is None and grad_key is None and grad_mask is None:
@@ -111,7 +73,7 @@ def _gradients(
     return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(sums, tensors)]
 
 
-def _parts(key: Tensor, value: Tensor, mask: Tensor | None, size: int):
+def _parts(key: Tensor, value: Tensor, mask: Tensor | None, size: int) -> Iterator[tuple[slice, tuple]]:
     """Key parts with the slice of keys that each covers."""
     for number, tensors in enumerate(key_parts(key, value, mask, size)):
         yield slice(number * size, (number + 1) * size), tensors

@@ -1,0 +1,87 @@
+"""Calls as they come again, a hundred in every step: checked and planned once, and then known by their tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import device as devices
+from . import memory, retry
+from .engines import order
+from .engines.base import Engine
+from .plan import Plan
+from .problem import Problem
+from .settings import Settings
+
+MOST_KNOWN = 1024
+
+
+class Call(NamedTuple):
+    """A call that is planned. `engine` attends all of its queries at once; it is None where that takes the loop."""
+
+    problem: Problem
+    plan: Plan
+    engine: Engine | None
+    reading: memory.Reading
+
+
+_known: dict[tuple, Call] = {}
+
+
+def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Call:
+    """The call that these tensors make.
+
+    Its plan is that of free memory as it was last read. Settings are part of what a call is known by, so that a change
+    of them acts at once.
+
+    Raises:
+        ValueError: tensors that make no attention; the message names the argument, its shape and what was expected.
+    """
+    try:
+        facts = _facts(query, key, value, mask, settings)
+    except AttributeError:  # something is no tensor, and is told so
+        facts = None
+    call = _known.get(facts)
+    if call is not None and call.reading is memory.reading(call.problem.device, call.problem.grad):
+        return call
+    call = _planned(Problem.of(query, key, value, mask, upcast=settings.upcast == "always"), settings)
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[facts] = call
+    return call
+
+
+def forget() -> None:
+    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten."""
+    _known.clear()
+    retry.forget()
+
+
+def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> tuple:
+    """What a plan depends on, but for free memory and what has been found to fit."""
+    return (
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        query.device,
+        key.device,
+        value.device,
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        None if mask is None else (mask.shape, mask.dtype, mask.device, torch.is_grad_enabled() and mask.requires_grad),
+        devices.switches(),
+        order.engines(),
+        settings,
+    )
+
+
+def _planned(problem: Problem, settings: Settings) -> Call:
+    reading = memory.reading(problem.device, problem.grad)
+    plan = retry.plan_for(problem, settings, reading.bytes)
+    engine = order.named(plan.engine)
+    at_once = plan.query_chunk >= problem.queries > 0 and (engine.DIFFERENTIABLE or not problem.grad)
+    return Call(problem, plan, engine if at_once else None, reading)

@@ -1,0 +1,61 @@
+"""Which engines there are, and which comes first."""
+
+from __future__ import annotations
+
+from .. import settings
+from . import fused, portable
+from .base import Engine
+
+_engines: tuple[Engine, ...] = ()
+
+
+def register(engine: Engine, before: str | None = None) -> None:
+    """Add an engine: ahead of the one called `before`, or at the end. Settings offer it from then on.
+
+    Raises:
+        ValueError: there is one of that name, or none called `before`.
+    """
+    global _engines
+    if engine.NAME in names():
+        raise ValueError(f"there is an engine called {engine.NAME} already")
+    place = len(_engines) if before is None else names().index(before)
+    _engines = (*_engines[:place], engine, *_engines[place:])
+    settings.offer_engines(names())
+
+
+def withdraw(name: str) -> None:
+    """Take an engine out again."""
+    global _engines
+    _engines = tuple(engine for engine in _engines if engine.NAME != name)
+    settings.offer_engines(names())
+
+
+def engines() -> tuple[Engine, ...]:
+    """All of them, the most wanted first; the last one can do what none before it could."""
+    return _engines
+
+
+def names() -> list[str]:
+    return [engine.NAME for engine in _engines]
+
+
+def named(name: str) -> Engine:
+    """The engine of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for engine in _engines:
+        if engine.NAME == name:
+            return engine
+    raise KeyError(name)
+
+
+def candidates(wanted: str) -> tuple[Engine, ...]:
+    """Those to be asked in turn: the one that the user wants, if it is one's name, and then the exact ones in order."""
+    first = [engine for engine in _engines if engine.NAME == wanted]
+    return (*first, *(engine for engine in _engines if engine.EXACT and engine not in first))
+
+
+for _engine in (fused, portable):  # a fused kernel where the device has one; what runs everywhere comes last
+    register(_engine)

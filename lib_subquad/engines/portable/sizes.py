@@ -1,0 +1,156 @@
+"""How much the portable engine scores at a time, and what that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ... import device as devices
+from ...problem import Problem, item_bytes
+from ...settings import Settings
+from ..base import Sizes, call_bytes, half, overruled
+
+# One row of one head by this many keys is the least that is ever tried.
+SMALLEST_KV_CHUNK = 64
+# Query chunks shrink to this before key chunks do: fewer rows leave the matrix units idle.
+SMALLEST_FAST_QUERY_CHUNK = 256
+# Heads of a tile, where there are queries enough: as many as a CPU has memory channels to keep busy.
+FEWEST_HEADS = 2
+
+
+def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
+    chosen, reasons = _preferred(problem, settings), []
+    for fits, why in (
+        (lambda tried: _device_allows(problem, tried), "the largest tensor this device can hold"),
+        (lambda tried: workspace_bytes(problem, tried) <= limit, "the memory limit"),
+    ):
+        before = chosen
+        chosen = _shrink(chosen, fits)
+        if settings.query_chunk and chosen.queries < before.queries:
+            reasons.append(overruled("query", before.queries, chosen.queries, why))
+        if settings.kv_chunk and chosen.keys < before.keys:
+            reasons.append(overruled("key/value", before.keys, chosen.keys, why))
+        if not fits(chosen):
+            reasons.append(f"even the smallest chunks exceed {why}")
+    return chosen, reasons
+
+
+def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
+    """One head with the larger chunk halved; None when one row by the smallest key chunk has been tried."""
+    smallest_keys = min(SMALLEST_KV_CHUNK, problem.keys)
+    queries, keys, _ = sizes
+    if keys > smallest_keys and (keys >= queries or queries == 1):
+        return Sizes(queries, half(keys, smallest_keys), 1)
+    return Sizes(queries // 2, keys, 1) if queries > 1 else None
+
+
+def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
+    return Sizes(sizes.queries, min(sizes.keys, devices.rules(problem.device).kv_tile), 1)
+
+
+def least_bytes(problem: Problem, settings: Settings) -> int:
+    least = _preferred(problem, Settings(), least=True)
+    asked = least._replace(  # of several chunks one result stays beside the next
+        queries=min(least.queries, settings.query_chunk or least.queries),
+        keys=min(least.keys, settings.kv_chunk or least.keys),
+    )
+    return max(workspace_bytes(problem, tried) for tried in {least, asked})
+
+
+def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries)))
+    if problem.grad:  # the statistics of all queries
+        total += problem.batch * problem.heads * problem.queries * 2 * item_bytes(devices.compute_dtype(problem.dtype))
+    return total
+
+
+def kept_bytes(problem: Problem, sizes: Sizes) -> int:
+    """What a call and its backward pass hold where PyTorch itself keeps scores in between, beside output and gradients.
+
+    All weights, with a mask before and after rows that may attend to nothing are cleared, and the scaled queries; what
+    one chunk makes of its scores, or their gradients; for every chunk the keys and values that were converted; and with
+    several chunks the gradient of all queries that each has by itself, and a copy of the output's gradient.
+    """
+    item = item_bytes(devices.compute_dtype(problem.dtype))
+    heads = problem.batch * problem.heads
+    row = heads * problem.keys * item
+    masked = problem.mask is not None
+    converted = problem.dtype != devices.compute_dtype(problem.dtype)
+    chunk = min(sizes.queries, problem.queries)
+    chunks = math.ceil(problem.queries / chunk)
+    keys = row * (problem.width + problem.value_width) * converted
+    queries = heads * problem.queries * problem.width
+    slices = queries * item_bytes(problem.dtype) + problem.output_bytes if chunks > 1 else 0
+    scores = row * (problem.queries * (1 + masked) + chunk * (2 - masked))
+    return scores + queries * item + chunks * keys + slices
+
+
+def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
+    queries, keys, heads = sizes
+    compute = devices.compute_dtype(problem.dtype)
+    # What a group of heads has held stays until the next group has its own: so many heads beside those at work.
+    others = min(heads, problem.heads - heads if problem.heads > heads or problem.batch == 1 else heads)
+    contiguous = devices.rules(problem.device).contiguous
+    converted = problem.dtype != compute or contiguous
+    added = problem.mask is not None and problem.mask_dtype != torch.bool  # the query is scaled before its product
+    query = problem.width if converted or added else 0
+    sums = problem.value_width + 2  # of weighted values; and the maximum and the sum of weights
+    scaling = heads * (query + problem.width * (converted and added)) + others * (query + sums)
+    folding = heads * (query + sums + 2) + others * sums
+    key = problem.width if converted else 0
+    value = problem.value_width if problem.value_dtype != compute or contiguous else 0
+    both = min(2 * keys, problem.keys)  # the keys and values of a part stay until the next part's are converted
+    part = heads * both * (key + value) * item_bytes(compute)
+    if problem.mask is not None and problem.mask_dtype != compute:  # a bool mask is inverted, a float mask converted
+        _, mask_heads, mask_rows, mask_keys = problem.mask
+        tile = min(mask_heads, heads) * min(mask_rows, queries) * min(mask_keys, keys)
+        part += tile * (1 if problem.mask_dtype == torch.bool else item_bytes(compute))
+    scores = heads * queries * keys * item_bytes(compute)
+    row = queries * item_bytes(compute)
+    chunk = problem.batch * problem.heads * queries
+    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + 2 * problem.grad * item_bytes(compute))
+    return scores + max(scaling * row, folding * row + part) + result
+
+
+def _preferred(problem: Problem, settings: Settings, least: bool = False) -> Sizes:
+    """The user's sizes, and for those left automatic the ones that fill the device's tile, or its least one."""
+    rules = devices.rules(problem.device)
+    tile_bytes = devices.least_tile_bytes(problem.device) if least else rules.tile_bytes
+    scores = tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
+    keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
+    heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
+    rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
+    heads = max(heads, min(problem.heads, scores // (keys * rows)))
+    # Threads take whole heads: a group that is no multiple leaves one of them idle.
+    heads = max(heads // FEWEST_HEADS * FEWEST_HEADS, min(FEWEST_HEADS, problem.heads), 1)
+    return Sizes(rows, keys, heads)
+
+
+def _shrink(sizes: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
+    """Smaller sizes until they fit: heads and queries as far as they stay fast, then one head, keys, queries."""
+    for field, least in (
+        ("heads", FEWEST_HEADS),
+        ("queries", SMALLEST_FAST_QUERY_CHUNK),
+        ("heads", 1),
+        ("keys", SMALLEST_KV_CHUNK),
+        ("queries", 1),
+    ):
+        while not fits(sizes) and getattr(sizes, field) > least:
+            sizes = sizes._replace(**{field: half(getattr(sizes, field), least)})
+    return sizes
+
+
+def _device_allows(problem: Problem, sizes: Sizes) -> bool:
+    rules = devices.rules(problem.device)
+    rows = max(sizes.keys, problem.width, problem.value_width)
+    elements = sizes.heads * max(sizes.queries * rows, sizes.keys * max(problem.width, problem.value_width))
+    if rules.largest_elements is not None and elements > rules.largest_elements:
+        return False
+    bytes_ = elements * item_bytes(devices.compute_dtype(problem.dtype))
+    return rules.largest_bytes is None or bytes_ <= rules.largest_bytes
+
+
+def _multiple_of_64(size: int) -> int:
+    return max(size // 64 * 64, 1)

@@ -1,0 +1,75 @@
+"""Engines that refused in the middle of a call what they had said they can do.
+
+No list of rules is complete: CUDA's fused kernels take no more than 65,535 entries ("invalid configuration argument"),
+and others say no to what nobody foresaw. A refusal costs nothing but time: the next engine goes on.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import console
+from . import device as devices
+from .problem import Problem
+
+# Words of errors after which the device computes nothing more until the process ends, or nothing that can be trusted.
+FATAL_TEXTS = (
+    "illegal memory access",
+    "illegal address",
+    "illegaladdress",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable",
+    "device lost",
+    "device_lost",
+    "hardware error",
+    "hardware stack error",
+    "context is destroyed",
+    "driver shutting down",
+)
+# By class and not by ancestry: what others derive from these is control flow, such as what `torch.utils.checkpoint`
+# raises through a kernel.
+REFUSING = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
+
+_refused: dict[tuple[Problem, str], str] = {}
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an engine's kernel says no to this call, and another one may still do it."""
+    if type(error) not in REFUSING or devices.is_out_of_memory(error) or _is_captured():
+        return False
+    text = str(error).lower()
+    return not any(fatal in text for fatal in FATAL_TEXTS)
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being captured, which an error ends."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def remember(problem: Problem, engine: str, error: Exception) -> str:
+    """This engine is not asked for this problem again until `forget()`; the reason, in words."""
+    lines = str(error).strip().splitlines()
+    reason = f"the {engine} kernel refused these sizes: {lines[0] if lines else type(error).__name__}"
+    _refused[problem, engine] = reason
+    _warn_once(f"[subquad] {reason}. The next engine goes on")
+    return reason
+
+
+def of(problem: Problem, engine: str) -> list[str]:
+    """Why this engine is not to be asked, if it refused before."""
+    reason = _refused.get((problem, engine)) if _refused else None
+    return [reason] if reason else []
+
+
+def forget() -> None:
+    _refused.clear()
+    _warn_once.cache_clear()
+
+
+_warn_once = cache(console.warn)

@@ -1,0 +1,201 @@
+"""The contract of engines, shown by one of the test's own; and that nothing else names an engine."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_subquad import Settings, attention, plan
+from lib_subquad.engines import order
+from lib_subquad.engines.base import Sizes
+from lib_subquad.lab.explain import explain
+from lib_subquad.lab.explore import Exploration
+from lib_subquad.plan import plan_problem
+from lib_subquad.problem import Problem
+from lib_subquad.settings import OPTIONS
+
+LIBRARY = Path(__file__).parents[1] / "lib_subquad"
+SHAPE = (1, 2, 512, 8)
+CPU = torch.device("cpu")
+
+
+class Plain:
+    """All scores of a few queries at once, and memory that is out above `room` queries."""
+
+    NAME = "plain"
+    EXACT = True
+    SPLITS_KEYS = False
+    DIFFERENTIABLE = True
+    WHY = "it is plain"
+
+    def __init__(self) -> None:
+        self.refuses: list[str] = []
+        self.room = 1 << 30
+        self.calls: list[int] = []
+
+    def why_not(self, problem):
+        return self.refuses
+
+    def fitting(self, problem, settings, limit):
+        return Sizes(min(settings.query_chunk or problem.queries, problem.queries), problem.keys, problem.heads), []
+
+    def smaller(self, problem, sizes):
+        return sizes._replace(queries=sizes.queries // 2) if sizes.queries > 64 else None
+
+    def taking_over(self, problem, sizes):
+        return Sizes(sizes.queries, problem.keys, problem.heads)
+
+    def least_bytes(self, problem, settings):
+        return 0
+
+    def workspace_bytes(self, problem, sizes):
+        return 4 * problem.batch * problem.heads * sizes.queries * problem.keys
+
+    def kept_bytes(self, problem, sizes):
+        return None
+
+    def attend(self, problem, sizes, query, key, value, mask, scale):
+        self.calls.append(query.shape[2])
+        if query.shape[2] > self.room:
+            raise RuntimeError("out of memory")
+        return (query @ key.mT * scale).softmax(-1) @ value, None
+
+
+@pytest.fixture
+def plain():
+    engine = Plain()
+    order.register(engine, before=order.names()[0])
+    yield engine
+    order.withdraw(engine.NAME)
+    assert engine.NAME not in OPTIONS["engine"].choices
+
+
+def tensors(grad: bool = False):
+    torch.manual_seed(0)
+    return [torch.randn(SHAPE, requires_grad=grad) for _ in range(3)]
+
+
+def exact(query, key, value):
+    query, key, value = (it.detach().double() for it in (query, key, value))
+    return ((query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value).float()
+
+
+def computed(settings=Settings(), grad=False):
+    query, key, value = tensors(grad)
+    plans = []
+    output = attention(query, key, value, settings=settings, report=plans.append)
+    torch.testing.assert_close(output, exact(query, key, value), atol=1e-5, rtol=0)
+    return plans[0], output
+
+
+def test_it_is_planned_and_run(plain):
+    made, _ = computed()
+    assert made.engine == "plain" and made.reasons == ("it is plain",) and plain.calls == [512]
+    assert made.workspace_bytes == 4 * 2 * 512 * 512 and str(made).startswith("plain, 512 x 512 tokens, 2.0 MiB")
+
+
+def test_its_gradients_are_pytorchs(plain):
+    made, output = computed(grad=True)
+    output.sum().backward()
+    assert made.engine == "plain" and output.grad_fn is not None
+
+
+def test_every_reason_of_every_engine_that_was_passed_over_is_told(plain, monkeypatch):
+    plain.refuses = ["it is a Tuesday", "it does not feel like it"]
+    first = order.engines()[1]
+    monkeypatch.setattr(first, "why_not", lambda problem: ["the moon is full"])
+    made, _ = computed()
+    assert made.engine == order.names()[-1]
+    assert made.reasons == ("it is a Tuesday", "it does not feel like it", "the moon is full")
+
+
+def test_the_last_one_takes_what_none_can(monkeypatch):
+    """It then says itself why not, and the device's own error tells the rest."""
+    for engine in order.engines():
+        monkeypatch.setattr(engine, "why_not", lambda problem, name=engine.NAME: [f"{name} is tired"])
+    made = plan(SHAPE, SHAPE, SHAPE, torch.float32, CPU)
+    assert made.engine == order.names()[-1] and made.reasons == tuple(f"{name} is tired" for name in order.names())
+
+
+def test_what_does_not_fit_the_limit_is_passed_over(plain):
+    problem = Problem.from_shapes(SHAPE, SHAPE, SHAPE, torch.float32, CPU)
+    made = plan_problem(problem, Settings(memory_limit=1), free_bytes=64 << 20)
+    assert made.engine != "plain" and "plain kernel does not fit the memory limit" in made.reasons[0]
+
+
+def test_a_key_slider_rules_out_what_does_not_split_keys(plain):
+    made, _ = computed(Settings(kv_chunk=64))
+    assert made.engine == order.names()[-1] and "splits 512 keys" in made.reasons[0]
+
+
+def test_memory_that_runs_out_in_it(plain):
+    plain.room = 128
+    made, _ = computed()
+    assert made.engine == "plain" and made.query_chunk == 128 and made.retries == 2 and sum(plain.calls) > 512
+
+
+def test_memory_that_runs_out_whatever_it_tries(plain):
+    plain.room = 0
+    made, _ = computed()
+    assert made.engine == order.names()[1] and made.retries > 0 and "out-of-memory" in made.reasons[-1]
+
+
+def test_the_user_may_choose_it_and_leave_it(plain):
+    assert OPTIONS["engine"].choices == ("automatic", "plain", *order.names()[1:])
+    assert computed(Settings(engine="plain"))[0].reasons == ("it is plain",)
+    other = order.names()[-1]
+    made, _ = computed(Settings(engine=other))
+    assert made.engine == other and made.reasons[0] == f"the engine is set to {other}"
+    with pytest.raises(ValueError, match="engine is 'fancy'; expected one of 'automatic', 'plain'"):
+        Settings(engine="fancy")
+
+
+def test_an_inexact_one_is_taken_only_when_it_is_asked_for(plain, monkeypatch):
+    monkeypatch.setattr(Plain, "EXACT", False)
+    assert computed()[0].engine == order.names()[1]
+    assert computed(Settings(engine="plain"))[0].engine == "plain"
+
+
+def test_explain_and_the_lab_know_it(plain):
+    from lib_subquad.checkpoint import AttentionLayer
+
+    layer = AttentionLayer("a layer", "unet", "self", 2, 8, 8, None, None)
+    rows = explain([layer], 128, 128, 1, torch.float32, CPU, Settings())
+    assert {row.plan.engine for row in rows} == {"plain"}
+    explored = Exploration(rows, Settings(), CPU)
+    assert {plan.engine for settings in explored._candidates() for _, plan in explored._calls(settings)} >= {
+        "plain",
+        order.names()[-1],
+    }
+
+
+def test_an_engine_has_a_name_of_its_own(plain):
+    with pytest.raises(ValueError, match="an engine called plain already"):
+        order.register(plain)
+
+
+# ------------------------------------------------------------------------------------------- who may name an engine
+
+
+def names_of_engines(file: Path) -> list[str]:
+    """Names of engines that the code of a file uses: as a name, as an attribute, or as a whole text."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.append(node.attr)
+        elif isinstance(node, ast.alias):
+            found += node.name.split(".")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return [name for name in found if name in order.names()]
+
+
+def test_no_engine_is_named_outside():
+    files = [file for file in LIBRARY.rglob("*.py") if (LIBRARY / "engines") not in file.parents]
+    assert names_of_engines(LIBRARY / "engines" / "order.py")  # or this looks at nothing
+    assert {file.name: names for file in files if (names := names_of_engines(file))} == {}
