@@ -82,9 +82,10 @@ def offered() -> dict[str, Option]:
 def use() -> tuple[str, ...]:
     """The parts of the model that the switch makes ours now, overrides of this request included."""
     given = getattr(shared.opts, key("use"), USE.default)
-    if given not in USES:
+    if not USE.accepts(given):
         _say({"use": given})
-    return USES[USE.nearest(given)]
+        given = USE.nearest(given)
+    return USES[given]
 
 
 def current(upcasts: bool | None = None) -> Settings:
