@@ -9,7 +9,7 @@ import pytest
 
 from lib_subquad.settings import OPTIONS
 from tests.attention_tab import AttentionTab, wait_for
-from tests.webui.pages import apply_settings, open_page, open_section, set_query_chunk
+from tests.pages import apply_settings, open_page, open_section, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
 
@@ -18,7 +18,9 @@ def test_frozen_settings_and_the_hosts_own_flags(webui):
     """Automatic takes ours for the built-in's flag, with its chunk size for a default; nothing can be set."""
     flags = ["--nowebui", "--opt-sub-quad-attention", "--sub-quad-q-chunk-size", "96", "--freeze-settings"]
     with webui.running(*flags) as server:
-        server.wait_for("Applying attention optimization: sub-quadratic (subquad)... done.")  # the model loads meanwhile
+        server.wait_for(
+            "Applying attention optimization: sub-quadratic (subquad)... done."
+        )  # the model loads meanwhile
         assert server.options()["subquad_query_chunk"] == 96
         image, infotext = server.generate()
         assert "Subquad query chunk: 96" in infotext

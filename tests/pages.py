@@ -1,4 +1,4 @@
-"""The web UI's own page in headless Chromium: its tabs, its settings, its buttons."""
+"""A web UI's own page in headless Chromium: its tabs, its settings, its buttons."""
 
 from __future__ import annotations
 
