@@ -162,8 +162,11 @@ class Laboratory:
         """Which optimization is active, and what the last generation took, as HTML."""
         standing = host().standing()
         why = f": {escape(standing.why)}" if standing.why else "."
+        offered = options.offered()
         line = words.line(f"<b>{standing.is_so}</b>{why} {words.last_generation(status.generation())}")
-        return words.CSS + line + "".join(words.kept_setting(name, word) for name, word in options.kept().items())
+        return (
+            words.CSS + line + "".join(words.kept_setting(offered[name], word) for name, word in options.kept().items())
+        )
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:

@@ -84,8 +84,7 @@ def use() -> tuple[str, ...]:
     given = getattr(shared.opts, key("use"), USE.default)
     if not USE.accepts(given):
         _say({"use": given})
-        given = USE.nearest(given)
-    return USES[given]
+    return USES[USE.nearest(given)]
 
 
 def current(upcasts: bool | None = None) -> Settings:

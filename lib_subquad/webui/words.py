@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint
 from ..lab.explain import LARGEST_SIDE, Row, megabytes
 from ..lab.explore import Exploration
 from ..lab.trials import Trial, about_as_fast
-from ..settings import OPTIONS, shown
+from ..settings import Option, shown
 from .status import Generation, missed, nothing
 
 KINDS = ("self", "cross")
@@ -131,9 +131,8 @@ def last_generation(seen: Generation) -> str:
     )
 
 
-def kept_setting(name: str, word: str) -> str:
+def kept_setting(option: Option, word: str) -> str:
     """A saved setting that cannot be used here."""
-    option = OPTIONS[name]
     return warning(
         f"{option.label} is set to {shown(word)}, which is not known here. Meanwhile it is {option.default}; "
         "the setting stays as it was saved."

@@ -117,6 +117,7 @@ class Forge(Installation):
         }
         super().__init__(folder, python, data, *FLAGS, *optional, *(str(it) for pair in folders.items() for it in pair))
         self.cwd = data
+        self.checkpoint = next(checkpoints.glob("*.safetensors")).name
         self.environment = {
             **self.environment,
             "DIFFUSERS_OFFLINE": "1",

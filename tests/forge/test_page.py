@@ -20,7 +20,8 @@ XYZ = "x/y/z plot"
 @pytest.fixture(scope="module")
 def server(forge):
     flags = [PYTORCH] if forge.knows(PYTORCH) else []
-    with forge.running(*flags, quicksettings_list=["sd_model_checkpoint", "subquad_use"]) as running:
+    shown = ["sd_model_checkpoint", "subquad_use"]
+    with forge.running(*flags, quicksettings_list=shown, quick_setting_list=shown) as running:
         yield running
         assert "Traceback" not in running.log
 

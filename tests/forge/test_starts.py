@@ -14,7 +14,8 @@ PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
 
 def test_frozen_settings(forge):
     """What was saved holds, and nothing can be set."""
-    with forge.running("--nowebui", "--freeze-settings", subquad_use="everything", subquad_query_chunk=96) as server:
+    saved = {"sd_model_checkpoint": forge.checkpoint, "subquad_use": "everything", "subquad_query_chunk": 96}
+    with forge.running("--nowebui", "--freeze-settings", **saved) as server:  # newer ones end where none is saved
         image, infotext = server.generate()
         assert "Subquad use: everything" in infotext and "Subquad query chunk: 96" in infotext
         status = server.status()

@@ -323,6 +323,7 @@ def test_a_broken_override_fails_nothing(generate, value):
 
 
 @pytest.mark.parametrize("value", [["everything"], {"a": 1}, None, 5, "quantum"])
-def test_a_broken_switch_is_off(subquad, monkeypatch, value):
-    monkeypatch.setitem(subquad.opts.data, "subquad_use", value)
+def test_a_broken_switch_is_off(subquad, value):
+    subquad.options.register(switch=True)
+    subquad.opts.data["subquad_use"] = value
     assert subquad.options.use() == ()
