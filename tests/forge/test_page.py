@@ -14,14 +14,14 @@ from tests.forge.models import CALLS
 from tests.pages import generate, open_page, open_section, open_tab, set_query_chunk
 
 PYTORCH = "--attention-pytorch"
+QUICKSETTINGS = ("quicksettings_list", "quick_setting_list")  # the option's names
 XYZ = "x/y/z plot"
 
 
 @pytest.fixture(scope="module")
 def server(forge):
     flags = [PYTORCH] if forge.knows(PYTORCH) else []
-    shown = ["sd_model_checkpoint", "subquad_use"]
-    with forge.running(*flags, quicksettings_list=shown, quick_setting_list=shown) as running:
+    with forge.running(*flags, **dict.fromkeys(QUICKSETTINGS, ["sd_model_checkpoint", "subquad_use"])) as running:
         yield running
         assert "Traceback" not in running.log
 
@@ -46,17 +46,20 @@ def test_beside_pytorchs_attention(forge, server):
     assert server.call("/probe/estimate") == ours
 
 
-def test_the_section_shows_the_switch_first_and_every_setting_with_its_help(page):
-    open_section(page, "Sub-quadratic attention")
+def test_the_section_shows_every_setting_with_its_help(page):
+    assert shown_settings(page) == [name for name in OPTIONS if name != "vae"]  # the switch is in Quicksettings
     shown = page.locator("#settings_subquad")
     shown.get_by_text(OPTIONS["retry"].help).wait_for()  # help comes by JavaScript
-    ids = page.evaluate("[...document.querySelectorAll('#settings_subquad [id^=setting_subquad_]')].map(it => it.id)")
-    settings = [f"setting_subquad_{name}" for name in ("use", *OPTIONS) if name != "vae"]
-    assert [it for it in ids if it in settings] == settings
     for name, option in OPTIONS.items():
-        assert page.locator(f"#settings_subquad #setting_subquad_{name}").count() == (name != "vae")
         assert (option.label in shown.inner_text() and option.help in shown.inner_text()) == (name != "vae")
-    assert all(use in shown.inner_text() for use in USES)
+
+
+def shown_settings(page) -> list[str]:
+    """The names of the settings in our section, as they stand there, each once."""
+    open_section(page, "Sub-quadratic attention")
+    ids = page.evaluate("[...document.querySelectorAll('#settings_subquad [id^=setting_subquad_]')].map(it => it.id)")
+    names = [it.removeprefix("setting_subquad_") for it in ids]
+    return [name for name in names if name in (*OPTIONS, "use")]
 
 
 def test_the_switch_in_quicksettings(page, server):
@@ -73,18 +76,20 @@ def test_apply_takes_effect_at_the_next_image(page, server):
     assert "Subquad query chunk: 192" in infotext and server.status()["query_chunk"] == 192
 
 
-def test_an_infotext_brings_the_settings_back(page, server):
+def test_an_infotext_brings_the_settings_back(browser, server):
     """As overrides of the next image, with the page's own button."""
     override = {"subquad_use": "VAE only", "subquad_engine": "portable"}
     _, infotext = server.generate(override_settings=override)
+    page = open_page(browser, server)  # one of its own: what it was brought stays there
     open_tab(page, "txt2img")
     page.fill("#txt2img_prompt textarea", infotext)
     page.click("#paste")
-    wait_for(page, "#txt2img_override_settings", "Subquad use: VAE only")
-    wait_for(page, "#txt2img_override_settings", "Subquad engine: portable")
+    for part in ("Subquad use: VAE only", "Subquad engine: portable"):
+        wait_for(page, "#txt2img_override_settings", part)
     generate(page, steps=1)
-    wait_for(page, "#html_info_txt2img", "Subquad use: VAE only")
-    wait_for(page, "#html_info_txt2img", "Subquad engine: portable")
+    for part in ("Subquad use: VAE only", "Subquad engine: portable"):
+        wait_for(page, "#html_info_txt2img", part)
+    page.close()
     assert server.status()["calls"] == 1
     assert server.options()["subquad_use"] == "off"
 
@@ -111,7 +116,7 @@ def test_the_tab_says_that_it_is_off_and_what_to_do(page, server):
 )
 def test_an_axis(server, label, values, written):
     server.use("off" if label == "[Subquad] Use" else "everything")
-    infotexts = json.loads(plot(server, label, values)["info"])["infotexts"][1:]  # after the grid
+    infotexts = json.loads(plot(server, label, values)["info"])["infotexts"][-2:]  # after the grid
     assert len(infotexts) == 2
     for infotext, part in zip(infotexts, written):
         assert part in infotext and (part != "" or label.removeprefix("[Subquad] ").lower() not in infotext)
@@ -124,10 +129,12 @@ def plot(server, label: str, values: str) -> dict:
     types = info["args"][labels.index("X type")]["choices"]
     assert sum(choice == label for choice in types) == 1
     arguments = [argument["value"] for argument in info["args"]]
-    arguments[labels.index("X type")] = types.index(label)
-    arguments[labels.index("X values")] = values
-    for axis in "YZ":
-        arguments[labels.index(f"{axis} type")] = 0
+    wanted = {
+        "X type": types.index(label), "X values": values, "Y type": 0, "Z type": 0, "Draw legend": False,
+        "Include Sub Images": True, "Use text inputs instead of dropdowns": True,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        arguments[labels.index(name)] = value
     request = {"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "steps": 1, "sampler_name": "Euler"}
     return server.call("/sdapi/v1/txt2img", {**request, "script_name": XYZ, "script_args": arguments})
 
@@ -140,7 +147,9 @@ def test_from_explain_to_undo(page, server):
 
 
 def test_reload_ui(page, server):
-    """We are in force as before, once, and our settings are drawn once."""
+    """We are in force as before, once, and each of our settings is drawn once, the switch first."""
+    shown = [name for name in QUICKSETTINGS if name in server.options()]
+    server.options(**{name: ["sd_model_checkpoint"] for name in shown})
     server.use("everything")
     image, _ = server.generate()
     held = server.holders()
@@ -152,8 +161,8 @@ def test_reload_ui(page, server):
     status = server.status()
     assert status["active"] and status["calls"] == CALLS + 1 and status["out_of_reach"] == {}
     reloaded = open_page(page.context.browser, server)
-    open_section(reloaded, "Sub-quadratic attention")
-    assert reloaded.locator("#settings_subquad #setting_subquad_engine").count() == 1
+    assert shown_settings(reloaded) == ["use", *(name for name in OPTIONS if name != "vae")]
+    assert all(use in reloaded.locator("#settings_subquad").inner_text() for use in USES)
     reloaded.close()
 
 
