@@ -320,3 +320,10 @@ def test_a_broken_override_fails_nothing(generate, value):
     """The host sets it without calling onchange: only the reading puts it right."""
     assert OPTIONS["query_chunk"].accepts(generate(override_settings={"subquad_query_chunk": value}).query_chunk)
     assert generate() == Settings(upcast="never")
+
+
+@pytest.mark.parametrize("value", [["everything"], {"a": 1}, None, 5, "quantum"])
+def test_a_broken_switch_is_off(subquad, value):
+    subquad.options.register(switch=True)
+    subquad.opts.data["subquad_use"] = value
+    assert subquad.options.use() == ()

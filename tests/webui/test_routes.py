@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import urllib.error
 import urllib.parse
-import urllib.request
 
 import pytest
+
+from tests.servers import status_of
 
 TITLE = "subquad - fast attention within a memory limit"
 PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
@@ -55,16 +54,6 @@ def test_behind_the_same_password(webui):
         assert status_of(server, PATHS[0], "me:wrong") == 401
         for path in PATHS:
             assert status_of(server, path, "me:secret") == 200
-
-
-def status_of(server, path: str, user: str | None = None) -> int:
-    headers = {"Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers)) as answer:
-            json.load(answer)
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from lib_subquad.settings import OPTIONS
 from tests.attention_tab import AttentionTab, wait_for
-from tests.webui.pages import apply_settings, open_page, open_section, set_query_chunk
+from tests.pages import apply_settings, open_page, open_section, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, hidden_columns
-from tests.webui.pages import generate, open_page, set_query_chunk
+from tests.pages import generate, open_page, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
 WIDEST = """() => Math.max(
