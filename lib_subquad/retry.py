@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+import torch
+
 from . import console, memory, refusals
 from . import device as devices
 from .engines import order
@@ -84,6 +86,9 @@ class Attempts:
             Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
                 line that says what.
         """
+        if self.problem.grad and not self.recomputes and _is_computed_again():
+            _add_line(error, COMPUTED_AGAIN)
+            raise error
         if refusals.is_refusal(error):
             later = next_engine(self.problem, self.plan)
             if later is None:
@@ -114,8 +119,26 @@ class Attempts:
             f"subquad halved its chunks {self.plan.retries} times, down to {self.plan.query_chunk} queries x "
             f"{self.plan.kv_chunk} keys of one head; not even that fits"
         )
-        first = str(error.args[0]) if error.args else type(error).__name__
-        error.args = (f"{first}\n{line}", *error.args[1:])
+        _add_line(error, line)
+
+
+def _add_line(error: Exception, line: str) -> None:
+    first = str(error.args[0]) if error.args else type(error).__name__
+    error.args = (f"{first}\n{line}", *error.args[1:])
+
+
+def _is_computed_again() -> bool:
+    """Whether `torch.utils.checkpoint` (use_reentrant=False) runs a block for the second time, and expects that what
+    PyTorch keeps of it is what it kept the first time. Private; where it does not tell, PyTorch's own error has to do.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
+
+
+COMPUTED_AGAIN = (
+    "subquad cannot go on in smaller chunks here: torch.utils.checkpoint computes this block again, and other tensors "
+    "would be kept than the first time. Set smaller chunks or a lower memory limit"
+)
 
 
 class Chunks(Attempts):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention
+from lib_subquad.engines import order
 from lib_subquad.recompute import RecomputedAttention
 from tests.personality import FailAt, alone
 
@@ -254,3 +255,50 @@ def test_gradients_of_gradients_are_refused_in_words_or_right():
         torch.autograd.grad(output.sum(), tensors, create_graph=True)
     kept = Settings(**CHUNKED, checkpointing="never")
     assert torch.autograd.gradgradcheck(lambda *given: attention(*given, settings=kept), tensors, fast_mode=True)
+
+
+# ----------------------------------------------------------------------- blocks that torch.utils.checkpoint runs twice
+
+
+def in_a_block(engine, reentrant, fails_at, monkeypatch, error="out of memory"):
+    """Gradients of a checkpointed block whose `fails_at`-th chunk fails; the block's own and attention() of it."""
+    module, calls = order.named(engine), []
+    attend = module.attend
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise RuntimeError(error)
+        return attend(*arguments)
+
+    monkeypatch.setattr(module, "attend", failing)
+    tensors = [torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(3)]
+    settings = Settings(engine=engine)
+    output = checkpoint(lambda *them: attention(*them, settings=settings).square(), *tensors, use_reentrant=reentrant)
+    output.sum().backward()
+    monkeypatch.undo()
+    return tensors
+
+
+@pytest.mark.parametrize("error", ["out of memory", "invalid configuration argument"])
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("engine", order.names())
+def test_a_block_that_is_run_twice(engine, reentrant, fails_at, error, monkeypatch):
+    last = engine == order.names()[-1]
+    keeps = not reentrant and not last and fails_at == 2  # what PyTorch keeps of the second run must be as in the first
+    refused = last and error != "out of memory"
+    if keeps and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this PyTorch does not tell that a block is computed again")
+    if keeps or refused:
+        words = (
+            "cannot go on in smaller chunks here: torch.utils.checkpoint computes this block again" if keeps else error
+        )
+        with pytest.raises(RuntimeError, match=words):
+            in_a_block(engine, reentrant, fails_at, monkeypatch, error)
+        return
+    tensors = in_a_block(engine, reentrant, fails_at, monkeypatch, error)
+    again = [it.detach().clone().requires_grad_() for it in tensors]
+    torch.nn.functional.scaled_dot_product_attention(*again).square().sum().backward()
+    for one, other in zip(tensors, again):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3)
