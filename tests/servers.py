@@ -64,15 +64,21 @@ class Server:
             time.sleep(0.2)
 
     def call(self, path: str, body: dict | None = None):
+        code, answer = self.ask(path, body)
+        assert code == 200, f"{path}: {code} {answer.decode()}"
+        return json.loads(answer)
+
+    def ask(self, path: str, body: dict | None = None, **headers: str) -> tuple[int, bytes]:
+        """The HTTP status and the body of the answer."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
         end = time.monotonic() + WAIT
         while True:
             try:
-                with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers)) as answer:
-                    return json.load(answer)
+                with urllib.request.urlopen(request) as answer:
+                    return answer.status, answer.read()
             except urllib.error.HTTPError as error:
-                raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from error
+                return error.code, error.read()
             except (urllib.error.URLError, ConnectionError):
                 self._check_that_it_runs()  # its port opens a moment after the log says that it has started
                 assert time.monotonic() < end
@@ -148,12 +154,7 @@ class Installation:
 def status_of(server: Server, path: str, user: str | None = None) -> int:
     """The HTTP status that it answers a user of this "name:password" with."""
     headers = {"Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers)) as answer:
-            json.load(answer)
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
+    return server.ask(path, **headers)[0]
 
 
 def restore(server: Server):
