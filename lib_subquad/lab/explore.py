@@ -124,7 +124,13 @@ class Exploration:
         best = self.recommended()
         close = best and trial.rounds and trial is not best and about_as_fast(trial, best)
         unclear = any(trial is other for other in self.undecided())
-        said = (("about as fast", close), ("too unsteady to tell", unclear), ("over the memory limit", not trial.fits))
+        ahead = best and trial.rounds and trial.seconds < best.seconds and not (close or unclear)
+        said = (
+            ("about as fast", close),
+            ("too unsteady to tell", unclear),
+            ("faster by too little to change", ahead and trial.fits),
+            ("over the memory limit", not trial.fits),
+        )
         return [words for words, true in said if true]
 
     def _unclear(self) -> bool:

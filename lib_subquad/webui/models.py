@@ -13,6 +13,7 @@ from .hosts.base import UNET, VAE, Refused
 LOADED = "the loaded checkpoint"
 LARGEST_SIDE = 4096
 LARGEST_BATCH = 16
+NOT_ACTIVE = "subquad is not active now: this is how it would compute attention."
 
 
 def titles() -> list[str]:
@@ -44,6 +45,8 @@ def rows_for(
     width, height = (_whole(name, value, 64, LARGEST_SIDE) for name, value in (("Width", width), ("Height", height)))
     batch = _whole("Batch", batch, 1, LARGEST_BATCH)
     checkpoint = with_size_note(read(title), width, height)
+    if not host().active:
+        checkpoint = replace(checkpoint, notes=(NOT_ACTIVE, *checkpoint.notes))
     layers = _ours(checkpoint, settings)
     return checkpoint, explain(layers, width, height, batch, host().dtype(), host().device(), settings)
 

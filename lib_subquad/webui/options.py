@@ -150,7 +150,13 @@ def default(name: str):
 def changed_from_default() -> dict[str, object]:
     """Infotext name -> value for every option that differs from the library's default."""
     values = {name: option.nearest(getattr(shared.opts, key(name), None)) for name, option in offered().items()}
-    return {INFOTEXT[name]: value for name, value in values.items() if value != offered()[name].default}
+    changed = {name: value for name, value in values.items() if value != offered()[name].default and _has_a_say(name)}
+    return {INFOTEXT[name]: value for name, value in changed.items()}
+
+
+def _has_a_say(name: str) -> bool:
+    """Whether the option decides anything here: where there is a switch, that says what becomes of the VAE."""
+    return name != "vae" or not _switch
 
 
 def _info(name: str, option: Option):
@@ -167,15 +173,11 @@ def _info(name: str, option: Option):
         component,
         arguments,
         onchange=put_right,
-        section=HIDDEN if name == "vae" and _switch else SECTION,  # there the switch says it
-        infotext=INFOTEXT[name],
+        section=SECTION if _has_a_say(name) else HIDDEN,
+        infotext=INFOTEXT[name] if _has_a_say(name) else None,
     )
     info.category_id = CATEGORY
     return info.info(option.help)
-
-
-def _identical(one: tuple, other: tuple) -> bool:
-    return all(a is b for a, b in zip(one, other))
 
 
 def _choices(name: str) -> list[str]:

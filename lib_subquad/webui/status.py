@@ -76,8 +76,15 @@ def summary() -> str:
     seen = _generation
     if seen.largest is None:
         return " ".join([nothing(seen), *missed(seen)])
-    retries = f", {seen.retries} retries after running out of memory" if seen.retries else ", no retries"
-    return " ".join([f"Last generation: {seen.calls} calls{retries}. Largest: {seen.largest}", *missed(seen)])
+    retries = (
+        f"{counted(seen.retries, 'retry', 'retries')} after running out of memory" if seen.retries else "no retries"
+    )
+    calls = counted(seen.calls, "call", "calls")
+    return " ".join([f"Last generation: {calls}, {retries}. Largest: {seen.largest}", *missed(seen)])
+
+
+def counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def nothing(seen: Generation) -> str:
@@ -96,5 +103,7 @@ def missed(seen: Generation) -> list[str]:
         sentences.append(f"{missing} were out of reach: {whose} computed them.")
     if passed := seen.passed_on:
         why = ", ".join(f"{reason} ({count})" for reason, count in passed.most_common())
-        sentences.append(f"{sum(passed.values())} calls were left to the web UI's own attention: {why}.")
+        sentences.append(
+            f"{counted(sum(passed.values()), 'call was', 'calls were')} left to the web UI's own attention: {why}."
+        )
     return sentences

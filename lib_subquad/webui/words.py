@@ -124,12 +124,17 @@ def last_generation(seen: Generation) -> str:
         return f"{nothing(seen)}{out_of_reach}"
     made = seen.largest
     return (
-        f"Last generation: {seen.calls} {term('calls', 'Calls')}, {seen.retries or 'no'} {term('retries', 'Retries')}. "
+        f"Last generation: {seen.calls} {term(_plural('call', seen.calls), 'Calls')}, "
+        f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}. "
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{megabytes(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
         f"{out_of_reach}"
     )
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
 
 
 def kept_setting(option: Option, word: str) -> str:

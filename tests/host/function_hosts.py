@@ -183,7 +183,7 @@ def attend(*args, **kwargs):
         "modules.models.sd3.mmdit:optimized_attention",
     ),
     keeper=f"{_REFORGE_VAE}:AttnBlock",
-    by="its own sub-quadratic attention",
+    by="its own sub-quadratic attention, and in the VAE attention of its own",
 )
 
 ERSATZ = Family(

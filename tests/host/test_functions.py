@@ -495,7 +495,7 @@ def test_a_word_of_another_version_is_kept_and_told(start, host, monkeypatch, tm
 
 
 def test_it_is_the_first_of_the_settings_and_says_the_vaes_too(forge):
-    """The VAE's own setting is there for requests and for images made elsewhere, but not on the page."""
+    """The VAE's own setting is there for requests that name it, not on the page, and decides nothing: the switch does."""
     ours = [name for name in forge.opts.data_labels if name.startswith("subquad_")]
     assert ours[0] == USE and len(ours) == 9
     info = forge.opts.data_labels[USE]
@@ -505,7 +505,9 @@ def test_it_is_the_first_of_the_settings_and_says_the_vaes_too(forge):
     forge.opts.set("subquad_vae", False)
     forge.use(EVERYTHING)
     forge.generate(lambda: forge.of(FORGE.spatial)(*maps()))
-    assert forge.calls == 0 and "subquad is active in the U-Net or transformer" in forge.line()
+    assert forge.calls == 1 and "subquad is active:" in forge.line()
+    assert forge.opts.data_labels["subquad_vae"].infotext is None
+    assert "Subquad VAE" not in forge.options.changed_from_default()
 
 
 def test_there_is_no_switch_where_there_is_a_list(loaded):
@@ -859,15 +861,26 @@ def test_a_module_that_is_gone(forge):
 
 def test_the_status_line(any_ui):
     by = any_ui.family.by
+    unet, vae = by.split(", and in the VAE ") if ", and" in by else (by, by)
     assert (
-        f"subquad is not active: the web UI uses {by}. Choose what subquad computes in Settings, Sub-quadratic "
-        "attention, “Use subquad”. No image has been made with subquad yet."
+        f"subquad is not active: the web UI uses {by}. Set “Use subquad” (in Settings, Sub-quadratic attention, or in "
+        "Quicksettings if you have put it there). No image has been made with subquad yet."
     ) in any_ui.line()
-    for use, where in ((EVERYTHING, ""), (UNET_ONLY, " in the U-Net or transformer"), (VAE_ONLY, " in the VAE")):
+    model = "the U-Net or transformer"
+    for use, expected in (
+        (EVERYTHING, f"active: without it the web UI would use {by}."),
+        (
+            UNET_ONLY,
+            f"subquad is active in {model}: without it the web UI would use {unet}. It does use {vae} in the VAE.",
+        ),
+        (
+            VAE_ONLY,
+            f"subquad is active in the VAE: without it the web UI would use {vae}. It does use {unet} in {model}.",
+        ),
+    ):
         any_ui.use(use)
-        expected = f"subquad is active{where}: without it the web UI would use {by}."
-        assert expected in any_ui.line()
-        assert any_ui.state()["standing"] == expected
+        assert f"subquad is {expected}" in any_ui.line()
+        assert any_ui.state()["standing"] == f"subquad is {expected}"
     any_ui.use("off")
     assert "subquad is not active" in any_ui.line() and not any_ui.state()["active"]
 

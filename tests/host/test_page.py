@@ -148,6 +148,7 @@ def test_notes_that_json_cannot_carry(loaded, monkeypatch):
     from dataclasses import replace
 
     found = replace(models.read(None), notes=("a tensor called \ud800",))
+    loaded.select("subquad")
     with monkeypatch.context() as patch:
         patch.setattr(models, "read", lambda title: found)
         assert client.get("/subquad/v1/plan?width=64&height=64").json()["notes"] == ["a tensor called \\ud800"]

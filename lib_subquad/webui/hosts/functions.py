@@ -33,6 +33,7 @@ KNOWN = {
     "normal": "split attention",
     "basic": "plain attention",
 }
+IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
 CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
 
 
@@ -75,6 +76,7 @@ class Functions(Host):
         self._originals: dict[FunctionType, Original] = {}
         self._wrappers: dict[Place, Wrapper] = {}
         self._classes: set[type] = set()
+        self._kept: list[FunctionType] = []  # by instances of classes: known when they are first called
         self._in_place = False
 
     @property
@@ -116,6 +118,8 @@ class Functions(Host):
         return bool(self._originals)
 
     def wrap(self, original: Original) -> Wrapper:
+        if original.function not in self._originals and original.function not in self._kept:
+            self._kept.append(original.function)
         return Wrapper(original, self._serves)
 
     def is_own(self, function: FunctionType, keeper: type) -> bool:
@@ -123,27 +127,32 @@ class Functions(Host):
         return function in self._originals or home(function).split(".")[0] == keeper.__module__.split(".")[0]
 
     def standing(self) -> Standing:
-        own = self._own_in_words()
-        if not self.active:
+        own, parts = {part: self._own_in_words(part) for part in (UNET, VAE)}, self.parts_in_use()
+        both = own[UNET] if own[UNET] == own[VAE] else f"{own[UNET]}, and in the VAE {own[VAE]}"
+        if not parts:
             return Standing(
                 "subquad is not active",
-                f"the web UI uses {own}. Choose what subquad computes in Settings, Sub-quadratic attention, "
-                f"\u201c{options.USE.label}\u201d.",
+                f"the web UI uses {both}. Set \u201c{options.USE.label}\u201d (in Settings, Sub-quadratic attention, "
+                "or in Quicksettings if you have put it there).",
             )
-        parts = self.parts_in_use()
-        where = "" if len(parts) > 1 else " in the VAE" if VAE in parts else " in the U-Net or transformer"
-        return Standing(f"subquad is active{where}", f"without it the web UI would use {own}.")
+        if len(parts) > 1:
+            return Standing("subquad is active", f"without it the web UI would use {both}.")
+        (ours,), (other,) = parts, [part for part in own if part not in parts]
+        return Standing(
+            f"subquad is active in {IN_WORDS[ours]}",
+            f"without it the web UI would use {own[ours]}. It does use {own[other]} in {IN_WORDS[other]}.",
+        )
 
     def settings(self) -> Settings:
         return options.current(any(it.upcasts() for it in self._originals.values() if it.heads))
 
     def parts(self, settings: Settings) -> tuple[str, ...]:
-        use = options.use() or (UNET, VAE)
-        return tuple(part for part in use if part != VAE or settings.vae)
+        """What the switch says, and it alone: `settings.vae` is that of web UIs without one."""
+        return options.use() or (UNET, VAE)
 
     def parts_in_use(self) -> tuple[str, ...]:
         """The parts of a model in which attention is ours now."""
-        return self.parts(options.current(False)) if options.use() and self._originals else ()
+        return options.use() if self._originals else ()
 
     def reach(self, served: set[int]) -> Reach:
         foreign = {place: place.held for place in self._foreign() if id(self._wrappers.get(place)) not in served}
@@ -188,15 +197,13 @@ class Functions(Host):
         return {it for it in held if places.kind_of(it.held) and home(it.held) not in homes}
 
     def _serves(self, part: str) -> bool:
-        return self._in_place and part in options.use() and (part != VAE or options.current(False).vae)
+        return self._in_place and part in options.use()
 
-    def _own_in_words(self) -> str:
-        """What the web UI computes attention by, where it is not ours."""
-        model, vae = (
-            " or ".join(dict.fromkeys(_in_words(it.function) for it in self._originals.values() if it.heads is heads))
-            for heads in (True, False)
-        )
-        return ", and in the VAE ".join(dict.fromkeys(filter(None, (model, vae))))
+    def _own_in_words(self, part: str) -> str:
+        """What the web UI computes attention by in this part, where it is not ours."""
+        known = [it.function for it in self._originals.values() if it.heads is (part == UNET)]
+        known += self._kept if part == VAE else []
+        return " or ".join(dict.fromkeys(map(_in_words, known))) or "attention of its own"
 
     def _chosen_file(self) -> str:
         """The checkpoint that the user has chosen, or else the first on the list, as the web UI does."""
