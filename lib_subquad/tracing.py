@@ -23,12 +23,13 @@ _is_compiling = (
     or bool  # False
 )
 _transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
 WITHOUT_NUMBERS = ("FakeTensor", "FunctionalTensor")
 
 
 def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this call is traced, exported, compiled or transformed."""
-    if _is_compiling() or _transform() is not None:
+    if _is_compiling() or _transform() is not None or _jit_trace() is not None:
         return True
     for tensor in (query, key, value):
         if type(tensor) is not Tensor and type(tensor).__name__ in WITHOUT_NUMBERS:
