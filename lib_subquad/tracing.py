@@ -17,7 +17,7 @@ from .problem import HALF_DTYPES
 from .settings import Settings
 
 # Private, or newer than torch 2.0; without them nothing is taken for traced.
-_is_compiling = (
+is_compiling = (
     getattr(getattr(torch, "compiler", None), "is_compiling", None)
     or getattr(torch._utils, "is_compiling", None)
     or bool  # False
@@ -29,7 +29,7 @@ WITHOUT_NUMBERS = ("FakeTensor", "FunctionalTensor")
 
 def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this call is traced, exported, compiled or transformed."""
-    if _is_compiling() or _transform() is not None or _jit_trace() is not None:
+    if is_compiling() or _transform() is not None or _jit_trace() is not None:
         return True
     for tensor in (query, key, value):
         if type(tensor) is not Tensor and type(tensor).__name__ in WITHOUT_NUMBERS:
@@ -53,7 +53,7 @@ def attend_traced(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     given = query.to(dtype), key.to(dtype), value.to(dtype), mask, scale
     able = [engine for engine in order.candidates(settings.engine) if not engine.why_not_traced(query.device, mask)]
-    if _is_compiling():  # reads this very code, so that nothing outside it must be touched
+    if is_compiling():  # reads this very code, so that nothing outside it must be touched
         return able[0].attend_traced(*given).to(value.dtype)
     for engine in able:
         try:
