@@ -64,7 +64,8 @@ def attention(
         output = _at_once(call.engine, query, key, value, mask, scale, chunks)
     if output is None:
         output = _in_chunks(query, key, value, mask, scale, chunks)
-        chunks.remember_refusals()
+        if chunks.refusals:
+            chunks.remember_refusals()
     if report is not None:
         report(chunks.plan)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])

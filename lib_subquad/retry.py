@@ -51,13 +51,14 @@ class Attempts:
             with attempts.attempt():
                 ...  # an out-of-memory in here halves attempts.plan and leaves it pending
 
-    `plan` is the plan now in force. `backward`: it is the recomputation of gradients that is tried.
+    `plan` is the plan now in force, `refusals` the engines that gave way and why. `backward`: it is the recomputation
+    of gradients that is tried.
     """
 
     def __init__(self, problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> None:
         self.problem, self.plan, self.settings, self.backward = problem, plan, settings, backward
         self.pending = True
-        self._refusals: dict[str, str] = {}
+        self.refusals: tuple[tuple[str, str], ...] = ()
 
     @property
     def recomputes(self) -> bool:
@@ -89,7 +90,8 @@ class Attempts:
             later = next_engine(self.problem, self.plan, self.backward)
             if later is None:
                 raise error
-            reason = self._refusals[self.plan.engine] = refusals.reason(self.plan.engine, error)
+            reason = refusals.reason(self.plan.engine, error)
+            self.refusals += ((self.plan.engine, reason),)
             return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
         if not (self.settings.retry and devices.is_out_of_memory(error)):
             raise error
@@ -113,9 +115,9 @@ class Attempts:
     def remember_refusals(self) -> None:
         """The call is done: what an engine refused, another one did. A call that none can do, because of a hook of the
         user's or of tensors that are not like others of their sizes, says nothing of the engines."""
-        for engine, reason in self._refusals.items():
+        for engine, reason in self.refusals:
             refusals.remember(self.problem, engine, reason)
-        if self._refusals:
+        if self.refusals:
             memory.forget()  # a call that was planned meanwhile is planned anew
 
     def _say_what_was_tried(self, error: Exception) -> None:

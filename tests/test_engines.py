@@ -223,6 +223,14 @@ def test_explain_and_the_lab_know_it(plain):
     }
 
 
+def test_an_engine_need_not_be_hashable(plain, monkeypatch):
+    """A dataclass is none."""
+    monkeypatch.setattr(Plain, "__hash__", None)
+    assert computed()[0].engine == computed()[0].engine == "plain"
+    order.withdraw("plain")
+    assert computed()[0].engine == order.names()[0]
+
+
 def test_an_engine_has_a_name_of_its_own(plain):
     with pytest.raises(ValueError, match="an engine called plain already"):
         order.register(plain)
