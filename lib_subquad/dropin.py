@@ -21,7 +21,7 @@ from .attention import attention
 from .engines import pytorch
 from .problem import HALF_DTYPES
 from .settings import CHUNK_MAX, Settings
-from .tracing import is_compiling
+from .tracing import is_recorded, is_transformed
 
 CAST = (torch.float32, *HALF_DTYPES)  # by autocast, which leaves float64 alone
 
@@ -117,7 +117,7 @@ def sdpa(
     pytorchs.update({"scale": scale} if scale is not None else {}, **({"enable_gqa": True} if enable_gqa else {}))
     if _has_a_function(attn_mask):  # which knows PyTorch's by its public name, whoever has that
         return handle_torch_function(F.scaled_dot_product_attention, (attn_mask,), query, key, value, **pytorchs)
-    if dropout_p or is_causal or is_compiling() or pytorch.is_running() or not all(map(_is_plain, (query, key, value))):
+    if dropout_p or is_causal or is_recorded() or pytorch.is_running() or not all(map(_is_plain, (query, key, value))):
         return pytorch.OWN(query, key, value, **pytorchs)
     try:
         given = _with_equal_leading(query, key, value, enable_gqa)
@@ -140,7 +140,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _as_autocast_gives(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as PyTorch's function has them where autocast is on."""
     device = tensors[0].device
-    if not devices.autocast_enabled(device.type):
+    if is_transformed() or not devices.autocast_enabled(device.type):  # transforms know no autocast
         return tensors
     dtype = devices.autocast_dtype(device.type)
     if not _is_cast(device, dtype):

@@ -27,9 +27,19 @@ _jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
 WITHOUT_NUMBERS = ("FakeTensor", "FunctionalTensor")
 
 
+def is_recorded() -> bool:
+    """Whether the program is written down: by a compiler, an exporter or torch.jit.trace."""
+    return is_compiling() or _jit_trace() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return _transform() is not None
+
+
 def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this call is traced, exported, compiled or transformed."""
-    if is_compiling() or _transform() is not None or _jit_trace() is not None:
+    if is_recorded() or is_transformed():
         return True
     for tensor in (query, key, value):
         if type(tensor) is not Tensor and type(tensor).__name__ in WITHOUT_NUMBERS:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lib_subquad import (
     attention,
+    dropin,
     efficient_dot_product_attention,
     efficient_dot_product_attention_of_transposed_keys,
     sdpa,
@@ -303,6 +304,17 @@ def test_sdpa_where_autocast_is_on(dtype, masked):
     if plain.dtype == expected.dtype:  # before torch 2.2 autocast is about parts of it, as they happen to be used
         assert found.dtype == expected.dtype
     torch.testing.assert_close(found.double(), expected.double(), atol=0.03, rtol=0.03)
+
+
+def test_sdpa_where_autocast_is_on_in_a_program_that_is_transformed_or_recorded():
+    if not hasattr(torch, "func"):
+        pytest.skip("torch.func is newer")
+    given = torch.randn(3, 4, 2, 20, 8).unbind()
+    dropin._is_cast.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.func.vmap(sdpa)(*given)  # is asked first, and its answer is not remembered
+        expected = F.scaled_dot_product_attention(*given).dtype
+        assert sdpa(*given).dtype == torch.jit.trace(sdpa, given, check_trace=False)(*given).dtype == expected
 
 
 @pytest.mark.parametrize("in_its_place", [False, True])
