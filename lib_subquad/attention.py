@@ -64,6 +64,8 @@ def attention(
         output = _at_once(call.engine, query, key, value, mask, scale, chunks)
     if output is None:
         output = _in_chunks(query, key, value, mask, scale, chunks)
+        if chunks.refusals:
+            chunks.remember_refusals()
     if report is not None:
         report(chunks.plan)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
@@ -81,10 +83,11 @@ def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chun
 
 def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
-        output = None
-        if not chunks.recomputes:
-            output, _ = attend_chunks(query, key, value, mask, scale, chunks)
-        if chunks.recomputes:  # from the start, or since memory ran out
-            del output  # and what its graph keeps
-            output = RecomputedAttention.apply(query, key, value, mask, scale, chunks)
-    return output
+        while True:
+            recomputes, output = chunks.recomputes, None  # and nothing of what the graph of an unfinished one keeps
+            if recomputes:
+                output = RecomputedAttention.apply(query, key, value, mask, scale, chunks)
+            else:
+                output, _ = attend_chunks(query, key, value, mask, scale, chunks)
+            if chunks.recomputes == recomputes:
+                return output

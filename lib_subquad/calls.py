@@ -74,7 +74,8 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.device, torch.is_grad_enabled() and mask.requires_grad),
         devices.switches(),
-        order.engines(),
+        order.changes(),
+        torch.get_num_threads(),  # of which each has a workspace on the CPU
         settings,
     )
 

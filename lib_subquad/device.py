@@ -363,3 +363,11 @@ def autocast_enabled(device_type: str) -> bool:
         return torch.is_autocast_enabled(device_type)
     except (TypeError, RuntimeError):  # torch before 2.4 takes no argument; some devices have no autocast
         return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """What PyTorch casts to on such a device where autocast is on."""
+    try:
+        return torch.get_autocast_dtype(device_type)
+    except AttributeError:  # newer than torch 2.3
+        return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()

@@ -8,13 +8,22 @@ the width equals the number of keys nothing but the caller tells them apart. So 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function
 
+from . import device as devices
 from .attention import attention
 from .engines import pytorch
+from .problem import HALF_DTYPES
 from .settings import CHUNK_MAX, Settings
+from .tracing import is_recorded, is_transformed
+
+CAST = (torch.float32, *HALF_DTYPES)  # by autocast, which leaves float64 alone
 
 
 def efficient_dot_product_attention(
@@ -106,16 +115,51 @@ def sdpa(
     """
     pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     pytorchs.update({"scale": scale} if scale is not None else {}, **({"enable_gqa": True} if enable_gqa else {}))
-    if dropout_p or is_causal or pytorch.is_running():
+    if _has_a_function(attn_mask):  # which knows PyTorch's by its public name, whoever has that
+        return handle_torch_function(F.scaled_dot_product_attention, (attn_mask,), query, key, value, **pytorchs)
+    if dropout_p or is_causal or is_recorded() or pytorch.is_running() or not all(map(_is_plain, (query, key, value))):
         return pytorch.OWN(query, key, value, **pytorchs)
     try:
-        return attention(*_with_equal_leading(query, key, value, enable_gqa), mask=attn_mask, scale=scale)
-    except ValueError:  # integers, nested tensors, an error that PyTorch has better words for
+        given = _with_equal_leading(query, key, value, enable_gqa)
+        *given, mask = _as_autocast_gives(*given, attn_mask)
+        return attention(*given, mask=mask, scale=scale)
+    except ValueError:  # integers, an error that PyTorch has better words for
         return pytorch.OWN(query, key, value, **pytorchs)
+
+
+def _has_a_function(mask: Tensor | None) -> bool:
+    """Whether it is of a class that stands for a mask, such as PyTorch's `CausalBias`, and says itself what follows."""
+    return not (mask is None or type(mask) is Tensor) and has_torch_function((mask,))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its sizes and numbers are where attention() looks for them."""
+    return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _as_autocast_gives(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as PyTorch's function has them where autocast is on."""
+    device = tensors[0].device
+    if is_transformed() or not devices.autocast_enabled(device.type):  # transforms know no autocast
+        return tensors
+    dtype = devices.autocast_dtype(device.type)
+    if not _is_cast(device, dtype):
+        return tensors
+    return tuple(it if it is None or it.dtype not in CAST else it.to(dtype) for it in tensors)
+
+
+@lru_cache(maxsize=64)
+def _is_cast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether autocast is about PyTorch's function: not on the CPU before torch 2.2."""
+    token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device=device)
+    return pytorch.OWN(token, token, token).dtype == dtype
 
 
 def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
     if shared and query.dim() > 2 and key.dim() > 2:
+        for name, it in (("key", key), ("value", value)):
+            if not it.shape[-3] or query.shape[-3] % it.shape[-3]:
+                raise ValueError(f"{name} has {it.shape[-3]} heads; expected a divisor of query's {query.shape[-3]}")
         key, value = (it.repeat_interleave(query.shape[-3] // it.shape[-3], dim=-3) for it in (key, value))
     tensors = (query, key, value)
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:

@@ -38,11 +38,12 @@ class RecomputedAttention(torch.autograd.Function):
                 "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never' "
                 "and the memory limit so high that scores are kept"
             )
-        attempts = Attempts(*ctx.call)
+        attempts = Attempts(*ctx.call, backward=True)
         with devices.without_autocast(grad_output.device):
             while attempts.pending:
                 with attempts.attempt():  # from the start: a chunk that failed may have added to grad_key already
                     gradients = order.named(attempts.plan.engine).gradients(
                         *ctx.saved_tensors, grad_output, ctx.scale, attempts.plan.sizes, ctx.needs_input_grad
                     )
+        attempts.remember_refusals()
         return (*gradients, None, None)

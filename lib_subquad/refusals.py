@@ -52,13 +52,16 @@ def _is_captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def remember(problem: Problem, engine: str, error: Exception) -> str:
-    """This engine is not asked for this problem again until `forget()`; the reason, in words."""
+def reason(engine: str, error: Exception) -> str:
+    """Why this engine gave way, in words."""
     lines = str(error).strip().splitlines()
-    reason = f"the {engine} kernel refused these sizes: {lines[0] if lines else type(error).__name__}"
+    return f"the {engine} kernel refused these sizes: {lines[0] if lines else type(error).__name__}"
+
+
+def remember(problem: Problem, engine: str, reason: str) -> None:
+    """This engine is not asked for this problem again until `forget()`."""
     _refused[problem, engine] = reason
     _warn_once(f"[subquad] {reason}. The next engine goes on")
-    return reason
 
 
 def of(problem: Problem, engine: str) -> list[str]:

@@ -33,7 +33,7 @@ def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
         made, failed_at = found
         if free > failed_at * GROWN:
             _remembered.pop((problem, settings), None)
-        elif made.workspace_bytes <= limit_bytes(problem, settings, free):
+        elif not refusals.of(problem, made.engine) and made.workspace_bytes <= limit_bytes(problem, settings, free):
             return made
     return plan_problem(problem, settings, free)
 
@@ -53,12 +53,14 @@ class Attempts:
             with attempts.attempt():
                 ...  # an out-of-memory in here halves attempts.plan and leaves it pending
 
-    `plan` is the plan now in force.
+    `plan` is the plan now in force, `refusals` the engines that gave way and why. `backward`: it is the recomputation
+    of gradients that is tried.
     """
 
-    def __init__(self, problem: Problem, plan: Plan, settings: Settings) -> None:
-        self.problem, self.plan, self.settings = problem, plan, settings
+    def __init__(self, problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> None:
+        self.problem, self.plan, self.settings, self.backward = problem, plan, settings, backward
         self.pending = True
+        self.refusals: tuple[tuple[str, str], ...] = ()
 
     @property
     def recomputes(self) -> bool:
@@ -90,14 +92,15 @@ class Attempts:
             _add_line(error, COMPUTED_AGAIN)
             raise error
         if refusals.is_refusal(error):
-            later = next_engine(self.problem, self.plan)
+            later = next_engine(self.problem, self.plan, self.backward)
             if later is None:
                 raise error
-            reason = refusals.remember(self.problem, self.plan.engine, error)
+            reason = refusals.reason(self.plan.engine, error)
+            self.refusals += ((self.plan.engine, reason),)
             return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
         if not (self.settings.retry and devices.is_out_of_memory(error)):
             raise error
-        smaller = halved(self.problem, self.plan)
+        smaller = halved(self.problem, self.plan, self.backward)
         if smaller is None:
             self._say_what_was_tried(error)
             raise error
@@ -113,6 +116,14 @@ class Attempts:
             warn_once("[subquad] out of memory: going on with smaller chunks")
             free = memory.reading(self.problem.device, self.problem.grad).bytes
             _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
+
+    def remember_refusals(self) -> None:
+        """The call is done: what an engine refused, another one did. A call that none can do, because of a hook of the
+        user's or of tensors that are not like others of their sizes, says nothing of the engines."""
+        for engine, reason in self.refusals:
+            refusals.remember(self.problem, engine, reason)
+        if self.refusals:
+            memory.forget()  # a call that was planned meanwhile is planned anew
 
     def _say_what_was_tried(self, error: Exception) -> None:
         line = (
@@ -161,23 +172,26 @@ class Chunks(Attempts):
                 start = stop
 
 
-def halved(problem: Problem, plan: Plan) -> Plan | None:
+def halved(problem: Problem, plan: Plan, backward: bool = False) -> Plan | None:
     """The plan with smaller sizes, or with the next engine where this one has none; None when all has been tried.
 
     Scores that were to be kept are recomputed first.
     """
     engine = order.named(plan.engine)
     sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
-    smaller = next_engine(problem, plan) if sizes is None else with_sizes(problem, plan, engine, sizes)
+    smaller = next_engine(problem, plan, backward) if sizes is None else with_sizes(problem, plan, engine, sizes)
     if smaller is None:
         return None
     return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
 
 
-def next_engine(problem: Problem, plan: Plan) -> Plan | None:
-    """The plan with the exact engine after its own that can do the problem; None where there is none."""
+def next_engine(problem: Problem, plan: Plan, backward: bool = False) -> Plan | None:
+    """The plan with the exact engine after its own that can do the problem, or recompute its gradients; None where
+    there is none."""
     engines = list(order.engines())
     for engine in engines[engines.index(order.named(plan.engine)) + 1 :]:
+        if backward and engine.DIFFERENTIABLE:
+            continue
         if engine.EXACT and not engine.why_not(problem) and not refusals.of(problem, engine.NAME):
             return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))
     return None

@@ -17,18 +17,29 @@ from .problem import HALF_DTYPES
 from .settings import Settings
 
 # Private, or newer than torch 2.0; without them nothing is taken for traced.
-_is_compiling = (
+is_compiling = (
     getattr(getattr(torch, "compiler", None), "is_compiling", None)
     or getattr(torch._utils, "is_compiling", None)
     or bool  # False
 )
 _transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
 WITHOUT_NUMBERS = ("FakeTensor", "FunctionalTensor")
+
+
+def is_recorded() -> bool:
+    """Whether the program is written down: by a compiler, an exporter or torch.jit.trace."""
+    return is_compiling() or _jit_trace() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return _transform() is not None
 
 
 def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this call is traced, exported, compiled or transformed."""
-    if _is_compiling() or _transform() is not None:
+    if is_recorded() or is_transformed():
         return True
     for tensor in (query, key, value):
         if type(tensor) is not Tensor and type(tensor).__name__ in WITHOUT_NUMBERS:
@@ -52,7 +63,7 @@ def attend_traced(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     given = query.to(dtype), key.to(dtype), value.to(dtype), mask, scale
     able = [engine for engine in order.candidates(settings.engine) if not engine.why_not_traced(query.device, mask)]
-    if _is_compiling():  # reads this very code, so that nothing outside it must be touched
+    if is_compiling():  # reads this very code, so that nothing outside it must be touched
         return able[0].attend_traced(*given).to(value.dtype)
     for engine in able:
         try:

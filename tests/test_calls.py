@@ -143,6 +143,20 @@ def test_what_differs_is_another_call(watched):
     assert watched.planned == 10
 
 
+def test_as_many_threads_as_there_are(watched):
+    """Each has a workspace. With gradients, whose plans hold until memory runs out or is forgotten."""
+    threads = torch.get_num_threads()
+    query, key, value = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
+    plans = []
+    try:
+        for count in (1, 3, 1):
+            torch.set_num_threads(count)
+            attention(query, key, value, report=plans.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert plans[0] == plans[2] and plans[0].workspace_bytes < plans[1].workspace_bytes
+
+
 def test_a_kernel_that_is_switched_off(watched, monkeypatch):
     call()
     monkeypatch.setattr(devices, "_SWITCHES", [lambda: False])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lib_subquad import (
     attention,
+    dropin,
     efficient_dot_product_attention,
     efficient_dot_product_attention_of_transposed_keys,
     sdpa,
@@ -288,3 +289,74 @@ def test_the_function_that_is_replaced_is_traced_as_its_own(monkeypatch):
     query, key, value = torch.randn(3, 4, 2, 20, 8)
     found = torch.func.vmap(F.scaled_dot_product_attention)(query, key, value)
     torch.testing.assert_close(found, attention(query, key, value), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_where_autocast_is_on(dtype, masked):
+    """Results in the dtype that the layers after it were given before."""
+    query, key, value = torch.randn(3, 1, 2, 20, 8, dtype=dtype)
+    mask = torch.randn(20, 20, dtype=dtype) if masked else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        plain = F.scaled_dot_product_attention(query, key, value)
+        found = sdpa(query, key, value, attn_mask=mask)
+    if plain.dtype == expected.dtype:  # before torch 2.2 autocast is about parts of it, as they happen to be used
+        assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.double(), expected.double(), atol=0.03, rtol=0.03)
+
+
+def test_sdpa_where_autocast_is_on_in_a_program_that_is_transformed_or_recorded():
+    if not hasattr(torch, "func"):
+        pytest.skip("torch.func is newer")
+    given = torch.randn(3, 4, 2, 20, 8).unbind()
+    dropin._is_cast.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.func.vmap(sdpa)(*given)  # is asked first, and its answer is not remembered
+        expected = F.scaled_dot_product_attention(*given).dtype
+        assert sdpa(*given).dtype == torch.jit.trace(sdpa, given, check_trace=False)(*given).dtype == expected
+
+
+@pytest.mark.parametrize("in_its_place", [False, True])
+def test_a_mask_that_is_a_class_of_its_own(monkeypatch, in_its_place):
+    """Its numbers are nowhere."""
+    biases = pytest.importorskip("torch.nn.attention.bias")
+    query, (key, value) = torch.randn(1, 2, 10, 8), torch.randn(2, 1, 2, 13, 8)
+    for bias in (biases.causal_upper_left(10, 13), biases.causal_lower_right(10, 13)):
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        with monkeypatch.context() as patch:
+            if in_its_place:
+                patch.setattr(F, "scaled_dot_product_attention", sdpa)
+            found = sdpa(query, key, value, attn_mask=bias)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["strided", "jagged"])
+def test_nested_tensors_are_pytorchs(layout):
+    if not hasattr(torch, layout):
+        pytest.skip("this layout is newer")
+    sequences = [torch.randn(5, 2, 8), torch.randn(7, 2, 8)]
+    if layout == "strided":
+        given = torch.nested.nested_tensor([it.transpose(0, 1).contiguous() for it in sequences])
+    else:
+        given = torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2)
+    for found, expected in zip(
+        sdpa(given, given, given).unbind(), F.scaled_dot_product_attention(given, given, given).unbind()
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [(1, 3), (4, 3)])
+def test_heads_that_cannot_share_keys(heads):
+    query, key = (torch.randn(1, number, 4, 8) for number in heads)
+    with pytest.raises((RuntimeError, TypeError)):
+        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    with pytest.raises((RuntimeError, TypeError)):
+        sdpa(query, key, key, enable_gqa=True)
+
+
+def test_sdpa_of_what_has_no_numbers():
+    mode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
+    with mode():
+        query = torch.randn(1, 2, 20, 8)
+        assert sdpa(query, query, query).shape == query.shape

@@ -103,6 +103,57 @@ def test_its_gradients_are_pytorchs(plain):
     assert made.engine == "plain" and output.grad_fn is not None
 
 
+class Recomputing(Plain):
+    """One whose gradients are recomputed, by the engine that comes last; it says no as often as it is told to."""
+
+    DIFFERENTIABLE = False
+    says = "no such kernel"
+    refuses_from = refuses_backward_from = 1 << 30
+
+    def attend(self, problem, sizes, query, key, value, mask, scale):
+        self.calls.append(query.shape[2])
+        if len(self.calls) > self.refuses_from:
+            raise RuntimeError(self.says)
+        scores = query @ key.mT * scale
+        maximum = scores.amax(-1, keepdim=True)
+        total = (scores - maximum).exp().sum(-1, keepdim=True)
+        return scores.softmax(-1) @ value, torch.cat((maximum, total), dim=-1)
+
+    def smaller(self, problem, sizes):
+        return None
+
+    def gradients(self, *arguments):
+        if self.refuses_backward_from < 1:
+            raise RuntimeError(self.says)
+        *given, _, wanted = arguments
+        return order.engines()[-1].gradients(*given, Sizes(128, 128, 1), wanted)
+
+
+@pytest.mark.parametrize("says", ["no such kernel", "out of memory"])
+@pytest.mark.parametrize(
+    "refuses", [{}, {"refuses_from": 0}, {"refuses_from": 1}, {"refuses_backward_from": 0}], ids=str
+)
+def test_gradients_of_one_that_gives_way_to_one_whose_gradients_are_pytorchs(refuses, says):
+    """In a chunk of the forward pass, or in the backward pass, where PyTorch's are of no use."""
+    engine = Recomputing()
+    engine.says = says
+    vars(engine).update(refuses)
+    order.register(engine, before=order.names()[0])
+    try:
+        query, key, value = tensors(grad=True)
+        plans = []
+        output = attention(query, key, value, settings=Settings(query_chunk=256), report=plans.append)
+        torch.testing.assert_close(output, exact(query, key, value), atol=1e-5, rtol=0)
+        output.square().sum().backward()
+    finally:
+        order.withdraw(engine.NAME)
+    assert plans[0].engine == (order.names()[0] if "refuses_from" in refuses else engine.NAME)
+    again = [it.detach().clone().requires_grad_() for it in (query, key, value)]
+    ((again[0] @ again[1].mT * SHAPE[-1] ** -0.5).softmax(-1) @ again[2]).square().sum().backward()
+    for one, other in zip((query, key, value), again):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_every_reason_of_every_engine_that_was_passed_over_is_told(plain, monkeypatch):
     plain.refuses = ["it is a Tuesday", "it does not feel like it"]
     first = order.engines()[1]
@@ -170,6 +221,14 @@ def test_explain_and_the_lab_know_it(plain):
         "plain",
         order.names()[-1],
     }
+
+
+def test_an_engine_need_not_be_hashable(plain, monkeypatch):
+    """A dataclass is none."""
+    monkeypatch.setattr(Plain, "__hash__", None)
+    assert computed()[0].engine == computed()[0].engine == "plain"
+    order.withdraw("plain")
+    assert computed()[0].engine == order.names()[0]
 
 
 def test_an_engine_has_a_name_of_its_own(plain):

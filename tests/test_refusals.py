@@ -88,6 +88,45 @@ def test_it_is_remembered_for_that_problem_until_told_to_forget(first, caplog):
     assert computed()[0].engine == names()[0]
 
 
+def test_it_is_remembered_after_an_out_of_memory_too(monkeypatch):
+    """Whose plan was remembered before."""
+    engine = order.engines()[0]
+    says, attend = iter(["out of memory", NO, NO, NO]), engine.attend
+    chunks = []
+
+    def attending(*arguments):
+        chunks.append(1)
+        raise RuntimeError(next(says))
+
+    monkeypatch.setattr(engine, "attend", attending)
+    for _ in range(3):
+        assert computed(shape=(1, 1, 1024, 8))[0].engine == names()[1]
+    assert len(chunks) == 2
+    lib_subquad.forget()
+    monkeypatch.setattr(engine, "attend", attend)
+    assert computed(shape=(1, 1, 1024, 8))[0].engine == names()[0]
+
+
+def failing_hook(tensor):
+    raise RuntimeError("a hook of the user's")
+
+
+@pytest.mark.parametrize("who", ["a hook", "tensors of another layout", "tensors made in inference mode"])
+def test_what_no_engine_can_do_says_nothing_of_the_engines(who, caplog):
+    query, key, value = tensors(grad=who != "tensors of another layout")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        if who == "a hook":
+            with torch.autograd.graph.saved_tensors_hooks(failing_hook, lambda tensor: tensor):
+                attention(query, key, value)
+        elif who == "tensors of another layout":
+            attention(query.to_sparse(), key, value)
+        else:
+            with torch.inference_mode():
+                made_there = torch.randn(SHAPE)
+            attention(made_there, key, value)
+    assert computed(given=(query, key, value))[0].engine == names()[0] and not caplog.records
+
+
 def test_retry_off_is_about_memory(first):
     first()
     assert computed(Settings(retry=False))[0].engine == names()[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib_subquad import Settings, attention
+from lib_subquad import Settings, attention, calls, plan
 from lib_subquad.engines import order
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,15 @@ def test_what_fake_tensors_are_told_holds_for_them_only(masked):
     assert engine(*real, mask=mask) == engine(*tensors(1, 2, tokens=19), mask=None if mask is None else mask[:19, :19])
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_planned_beside_fake_tensors_holds_for_real_ones(grad):
+    shape = (1, 2, 24, 8)
+    with fake():
+        made = plan(shape, shape, shape, torch.float32, "cpu", grad=grad)
+    real = [it.requires_grad_(grad) for it in tensors(1, 2, tokens=24)]
+    assert made.engine == engine(*real) == order.names()[0]
+
+
 @needs_new
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_shows_pytorchs_operator_and_leaves_no_trace(strict):
@@ -87,6 +96,18 @@ def test_compiled_with_gradients():
     F.scaled_dot_product_attention(*again).square().sum().backward()
     for one, other in zip(compiled, again):
         close(one, other.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("settings", [Settings(), Settings(query_chunk=8, kv_chunk=8)], ids=["automatic", "chunks"])
+def test_a_program_of_jit_trace_takes_other_sizes_than_it_saw(settings):
+    """Chunks would be those of the sizes that it saw."""
+    program = torch.jit.trace(
+        lambda *them: attention(*them, settings=settings), tuple(tensors(1, 2)), check_trace=False
+    )
+    assert not calls._known  # whose keys would hold its tensors
+    given = tensors(1, 2, tokens=31)
+    close(program(*given), F.scaled_dot_product_attention(*given), atol=1e-6, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- torch.func
@@ -150,5 +171,14 @@ def test_nothing_is_asked_of_the_default_device(body):
     code = "import torch; from lib_subquad import attention; x = torch.randn(1, 2, 8, 8)\n"
     code += "m = torch.ones(8, 8, dtype=torch.bool)\n" + body.replace("CALL", "attention(x, x, x, mask=m)")
     code += "\nassert r.device.type == 'cpu' and r.isfinite().all()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_it_loads_whatever_the_default_dtype_is(dtype):
+    """torch 2.1.2 has no half-precision product on the CPU."""
+    code = f"import torch; torch.set_default_dtype(torch.{dtype}); from lib_subquad import attention\n"
+    code += "x = torch.ones(1, 2, 8, 8, dtype=torch.float32); assert torch.equal(attention(x, x, x), x)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,10 +6,12 @@ that were rounded to half costs up to 19 times the error.
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+import torch.utils._python_dispatch
 from torch import Tensor
 
 from .. import device as devices
@@ -157,7 +159,7 @@ def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _takes_scale() -> bool:
-    token = torch.zeros(1, 1, 1, 8, device="cpu")  # the default device may have no numbers
+    token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")  # the defaults may have no numbers, no kernel
     try:
         F.scaled_dot_product_attention(token, token, token, scale=1.0)
     except (AttributeError, TypeError):
@@ -167,7 +169,7 @@ def _takes_scale() -> bool:
 
 def _masks_are_right() -> bool:
     """Whether a row that may attend to nothing comes out as zeros: NaN on torch 2.1.2, zeros on 2.13."""
-    token = torch.zeros(1, 1, 1, 8, device="cpu")
+    token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cpu")
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
 
@@ -176,21 +178,28 @@ def _masks_are_right() -> bool:
 def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
     """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused.
 
-    An exception, such as an out-of-memory, is no answer to remember.
+    An exception, such as an out-of-memory, is no answer to remember; nor is what is said of tensors without numbers,
+    which PyTorch makes while a mode of its own is on.
     """
-    query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
-    value = _probe(problem, problem.keys, problem.value_width)
-    mask = None
-    if problem.mask is not None:
-        mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
-        mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
-    choice = torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
+    made_here = torch.zeros(0, device="cpu")
+    with contextlib.nullcontext() if type(made_here) is Tensor else _without_modes():
+        choice = _choice(problem)
     if choice != MATH_KERNEL:
         return ()
     sizes = f"{str(problem.upcast_dtype).removeprefix('torch.')}, heads {problem.width} wide"
     if problem.width != problem.value_width:
         sizes += f" with values {problem.value_width} wide"
     return (f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem, switches)}",)
+
+
+def _choice(problem: Problem) -> int:
+    query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
+    value = _probe(problem, problem.keys, problem.value_width)
+    mask = None
+    if problem.mask is not None:
+        mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
+        mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
+    return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
 
 
 def _conditions(problem: Problem, switches: tuple[bool, ...]) -> str:
@@ -211,6 +220,8 @@ def _probe(problem: Problem, tokens: int, width: int) -> Tensor:
     return token.as_strided(sizes, (0, 0, 0, 1)).requires_grad_(problem.grad)
 
 
+# Private, and newer than torch 2.0: where it is missing a plan that is asked for under a trace holds for later ones.
+_without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)
 # Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
 TAKES_SCALE = _takes_scale()
 MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()

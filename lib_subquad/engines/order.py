@@ -7,6 +7,7 @@ from . import fused, portable
 from .base import Engine
 
 _engines: tuple[Engine, ...] = ()
+_changes = 0
 
 
 def register(engine: Engine, before: str | None = None) -> None:
@@ -15,24 +16,31 @@ def register(engine: Engine, before: str | None = None) -> None:
     Raises:
         ValueError: there is one of that name, or none called `before`.
     """
-    global _engines
     if engine.NAME in names():
         raise ValueError(f"there is an engine called {engine.NAME} already")
     place = len(_engines) if before is None else names().index(before)
-    _engines = (*_engines[:place], engine, *_engines[place:])
-    settings.offer_engines(names())
+    _change((*_engines[:place], engine, *_engines[place:]))
 
 
 def withdraw(name: str) -> None:
     """Take an engine out again."""
-    global _engines
-    _engines = tuple(engine for engine in _engines if engine.NAME != name)
+    _change(tuple(engine for engine in _engines if engine.NAME != name))
+
+
+def _change(engines: tuple[Engine, ...]) -> None:
+    global _engines, _changes
+    _engines, _changes = engines, _changes + 1
     settings.offer_engines(names())
 
 
 def engines() -> tuple[Engine, ...]:
     """All of them, the most wanted first; the last one can do what none before it could."""
     return _engines
+
+
+def changes() -> int:
+    """How often there has been another engine, or one less: what was found out about them before may be wrong."""
+    return _changes
 
 
 def names() -> list[str]:

@@ -53,8 +53,9 @@ FLAGS = {"query_chunk": "sub_quad_q_chunk_size", "kv_chunk": "sub_quad_kv_chunk_
 
 _switch: dict[str, Option] = {}  # whether there is one
 _said: set[str] = set()
-# What was stored when settings were last read, and what that comes to: where the web UI does not upcast, where it does.
-_last: tuple[tuple, tuple[Settings, Settings]] | None = None
+# What was stored when settings were last read, and what that comes to: where the web UI does not upcast, where it does;
+# and what engines there were to choose from.
+_last: tuple[tuple, tuple[Settings, Settings], Option] | None = None
 
 
 def key(name: str) -> str:
@@ -94,11 +95,12 @@ def current(upcasts: bool | None = None) -> Settings:
     """
     global _last
     stored, known = _stored(), _last  # one read: the thread that draws previews may replace it
-    if known is None or not all(map(operator.is_, known[0], stored)):
+    engines = OPTIONS["engine"]
+    if known is None or known[2] is not engines or not all(map(operator.is_, known[0], stored)):
         given = dict(zip(OPTIONS, stored))
         settings, _ = Settings.nearest(given)
         _say(given)
-        known = _last = (stored, tuple(_resolved(settings, upcast) for upcast in ("never", "always")))
+        known = _last = (stored, tuple(_resolved(settings, upcast) for upcast in ("never", "always")), engines)
     if upcasts is None:
         upcasts = getattr(shared.opts, "upcast_attn", False)
     return known[1][bool(upcasts)]

@@ -166,6 +166,23 @@ def test_words_that_are_not_known_here_are_kept_as_saved(words_of_another_versio
     assert WORDS.items() <= saved.items() and saved["subquad_kv_chunk"] == 256
 
 
+def test_an_engine_that_comes_later_is_known_then(subquad):
+    from types import SimpleNamespace
+
+    from modules import shared
+
+    from lib_subquad.engines import order
+
+    shared.opts.data["subquad_engine"] = "late"
+    assert subquad.options.current().engine == "automatic"
+    order.register(SimpleNamespace(NAME="late", EXACT=False))
+    try:
+        assert subquad.options.current().engine == "late"
+    finally:
+        order.withdraw("late")
+    assert subquad.options.current().engine == "automatic"
+
+
 def test_they_are_told_once_on_the_console_and_on_the_page(words_of_another_version, capsys):
     from lib_subquad.webui import laboratory, options
 
