@@ -495,7 +495,7 @@ def test_a_word_of_another_version_is_kept_and_told(start, host, monkeypatch, tm
 
 
 def test_it_is_the_first_of_the_settings_and_says_the_vaes_too(forge):
-    """The VAE's own setting is there for requests that name it, not on the page, and decides nothing: the switch does."""
+    """The VAE's own setting is there for requests that name it, but not on the page, and it decides nothing."""
     ours = [name for name in forge.opts.data_labels if name.startswith("subquad_")]
     assert ours[0] == USE and len(ours) == 9
     info = forge.opts.data_labels[USE]
@@ -869,14 +869,8 @@ def test_the_status_line(any_ui):
     model = "the U-Net or transformer"
     for use, expected in (
         (EVERYTHING, f"active: without it the web UI would use {by}."),
-        (
-            UNET_ONLY,
-            f"subquad is active in {model}: without it the web UI would use {unet}. It does use {vae} in the VAE.",
-        ),
-        (
-            VAE_ONLY,
-            f"subquad is active in the VAE: without it the web UI would use {vae}. It does use {unet} in {model}.",
-        ),
+        (UNET_ONLY, f"active in {model}: without it the web UI would use {unet}. It does use {vae} in the VAE."),
+        (VAE_ONLY, f"active in the VAE: without it the web UI would use {vae}. It does use {unet} in {model}."),
     ):
         any_ui.use(use)
         assert f"subquad is {expected}" in any_ui.line()
