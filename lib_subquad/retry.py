@@ -88,17 +88,18 @@ class Attempts:
             Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
                 line that says what.
         """
-        if self.problem.grad and not self.recomputes and _is_computed_again():
+        refused, ran_out = refusals.is_refusal(error), devices.is_out_of_memory(error)
+        if (refused or ran_out) and self.problem.grad and not self.recomputes and _is_computed_again():
             _add_line(error, COMPUTED_AGAIN)
             raise error
-        if refusals.is_refusal(error):
+        if refused:
             later = next_engine(self.problem, self.plan, self.backward)
             if later is None:
                 raise error
             reason = refusals.reason(self.plan.engine, error)
             self.refusals += ((self.plan.engine, reason),)
             return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
-        if not (self.settings.retry and devices.is_out_of_memory(error)):
+        if not (self.settings.retry and ran_out):
             raise error
         smaller = halved(self.problem, self.plan, self.backward)
         if smaller is None:
