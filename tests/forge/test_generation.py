@@ -41,7 +41,10 @@ def test_before_the_first_image(server):
     status, answer = server.status(), server.call("/subquad/v1/plan?width=512&height=768")
     assert not status["active"] and status["summary"] == "No image has been made with subquad yet."
     assert status["standing"].startswith("subquad is not active: the web UI uses its own sub-quadratic attention")
-    assert answer["notes"][0] == "It is not loaded yet: the web UI loads it for the next image."
+    assert answer["notes"][:2] == [
+        "subquad is not active now: this is how it would compute attention.",
+        "It is not loaded yet: the web UI loads it for the next image.",
+    ]
     assert server.holders() == []
     check_plan(answer, 64 * 96)
 

@@ -65,7 +65,11 @@ def shown_settings(page) -> list[str]:
 def test_the_switch_in_quicksettings(page, server):
     """Live, and a page that shows it in two places shows the same in both."""
     page.locator("#quicksettings #setting_subquad_use label", has_text="everything").first.click()
-    page.wait_for_function("fetch('/probe/options').then(it => it.json()).then(it => it.subquad_use === 'everything')")
+    page.wait_for_timeout(200)
+    for _ in range(100):  # the page tells the server when it is ready to
+        if server.options()["subquad_use"] == "everything":
+            break
+        page.wait_for_timeout(200)
     _, infotext = server.generate()
     assert "Subquad use: everything" in infotext and server.status()["calls"] == CALLS + 1
 
