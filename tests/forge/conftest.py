@@ -25,10 +25,10 @@ from tests.servers import Installation, Server, named_by, repository, restore, s
 
 FLAGS = (
     "--always-cpu --api --skip-prepare-environment --skip-torch-cuda-test --skip-version-check "
-    "--skip-python-version-check --no-download-sd-model --no-hashing"
+    "--skip-python-version-check --no-hashing"
 ).split()
 # Not known to all of them.
-IF_KNOWN = ("--skip-google-blockly", "--do-not-download-clip")
+IF_KNOWN = ("--skip-google-blockly", "--do-not-download-clip", "--no-download-sd-model")
 FLAGS_ARE_IN = ("modules/cmd_args.py", "backend/args.py", "ldm_patched/modules/args_parser.py")
 FARTHEST = 1  # from the web UI's own image, of 255
 USES = {"off": (), "everything": ("unet", "vae"), "U-Net or transformer only": ("unet",), "VAE only": ("vae",)}
