@@ -95,3 +95,11 @@ def test_in_a_real_image(host, monkeypatch):
     from lib_subquad.webui import status
 
     assert "fused, 32 x 64 tokens" in status.summary()
+
+
+@pytest.mark.parametrize(("calls", "words"), [(1, "1 call, no retries."), (2, "2 calls, no retries.")])
+def test_one_call_is_one_call(subquad, calls, words):
+    subquad.status.begin()
+    for _ in range(calls):
+        subquad.status.record(Plan("portable", 64, 64, 1, 1000))
+    assert subquad.status.summary().startswith(f"Last generation: {words}")
