@@ -245,7 +245,7 @@ class Layer:
         with torch.no_grad():
             if self.settings is not None:
                 return cross_attention(self.layer, self.x, self.context, settings=self.settings)
-            return self._written_in(self.layer, self.x, self.context, self.attend)
+            return written_in(self.layer, self.x, self.context, self.attend)
 
     def small(self) -> Callable[[], object]:
         small = copy.copy(self)
@@ -259,17 +259,18 @@ class Layer:
         layer = copy.deepcopy(self.layer).to("cpu", torch.float64)
         x, context = _exact(self.x), None if self.context is None else _exact(self.context)
         with torch.no_grad():
-            expected = self._written_in(layer, x[:, self.rows], x if context is None else context, _exact_attention)
+            expected = written_in(layer, x[:, self.rows], x if context is None else context, _exact_attention)
         return _largest_difference(self.sample, expected), None
 
-    @staticmethod
-    def _written_in(layer: nn.Module, x: Tensor, context: Tensor | None, attend: Attention) -> Tensor:
-        context = x if context is None else context
-        query, key, value = (
-            projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-            for projected in (layer.to_q(x), layer.to_k(context), layer.to_v(context))
-        )
-        return layer.to_out(attend(query, key, value).transpose(1, 2).flatten(2))
+
+def written_in(layer: nn.Module, x: Tensor, context: Tensor | None, attend: Attention) -> Tensor:
+    """The forward of ldm's CrossAttention with another attention written in."""
+    context = x if context is None else context
+    query, key, value = (
+        projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+        for projected in (layer.to_q(x), layer.to_k(context), layer.to_v(context))
+    )
+    return layer.to_out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
 def _cross_attention_class() -> type[nn.Module]:

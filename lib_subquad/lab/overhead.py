@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import attention
+from ..layers.ldm import cross_attention
 from ..settings import Settings
 from . import tables
+from .measure import written_in
 
 ROUNDS, CALLS = 7, 400
 SMALL, LARGER = (1, 8, 16, 40), (2, 8, 64, 40)
+CHANNELS = SMALL[1] * SMALL[3]
 # An image of 64 x 64 pixels in SDXL, as its layers come: of itself and of the prompt, at two resolutions.
 SDXL = [((2, 10, 16, 64), 16), ((2, 10, 16, 64), 77), ((2, 20, 4, 64), 4), ((2, 20, 4, 64), 77)]
 CALLS_OF_A_STEP = {"SD 1.5": 32, "SDXL": 140}
 
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+Case = Callable[[str], Iterator[Pair]]
+Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,16 @@ class Overhead:
         return (self.theirs + self.beside) / self.theirs
 
 
-def measured(device: str = "cpu", rounds: int = ROUNDS, calls: int = CALLS) -> list[Overhead]:
+def measured(
+    device: str = "cpu", rounds: int = ROUNDS, calls: int = CALLS, cases: Mapping[str, Case] | None = None
+) -> list[Overhead]:
     """Every case, on one thread and without gradients: the least of the rounds' medians of interleaved pairs."""
+    cases = CASES if cases is None else cases
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            return [_one(what, pairs(device), rounds, calls) for what, pairs in CASES.items()]
+            return [_one(what, pairs(device), rounds, calls) for what, pairs in cases.items()]
     finally:
         torch.set_num_threads(threads)
 
@@ -66,6 +74,21 @@ def _microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs"
 
 
+def of_a_layer(layer: Callable[[int], nn.Module], forward: Forward) -> Case:
+    """`forward` of the layer with so many channels, beside the same layer with PyTorch's function written in."""
+
+    def pairs(device: str) -> Iterator[Pair]:
+        made = layer(CHANNELS).eval().to(device)
+        while True:
+            x = torch.randn(1, SMALL[2], CHANNELS, device=device)
+            yield (
+                lambda x=x: written_in(made, x, None, F.scaled_dot_product_attention),
+                lambda x=x: forward(made, x),
+            )
+
+    return pairs
+
+
 def _one(what: str, pairs: Iterator[Pair], rounds: int, calls: int) -> Overhead:
     best = (float("inf"), 0.0)
     for _ in range(rounds):
@@ -84,7 +107,7 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 # ------------------------------------------------------------------------------------------------------------ the cases
 
 
-def _pairs(shapes=((SMALL, SMALL[2]),), masked: bool = False, **ours) -> Callable[[str], Iterator[Pair]]:
+def _pairs(shapes=((SMALL, SMALL[2]),), masked: bool = False, **ours) -> Case:
     """Theirs and ours on tensors that are new at every call; what of `ours` is a function is called for each."""
 
     def pairs(device: str) -> Iterator[Pair]:
@@ -101,6 +124,21 @@ def _pairs(shapes=((SMALL, SMALL[2]),), masked: bool = False, **ours) -> Callabl
     return pairs
 
 
+class _CrossAttention(nn.Module):
+    """What ldm's layer of that name comes to without dropout."""
+
+    heads, scale = SMALL[1], SMALL[3] ** -0.5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(channels, channels)
+
+
+def _reporting(layer: nn.Module, x: Tensor) -> Tensor:
+    return cross_attention(layer, x, settings=Settings(), report=[].append)
+
+
 CASES = {
     f"{list(SMALL)}": _pairs(),
     "… with equal settings, not identical": _pairs(settings=Settings),
@@ -108,4 +146,5 @@ CASES = {
     "… with a bool mask": _pairs(masked=True),
     "SDXL's layers in turn, 64 x 64 pixels": _pairs(SDXL),
     f"{list(LARGER)}": _pairs(((LARGER, LARGER[2]),)),
+    f"a CrossAttention layer, [1, {SMALL[2]}, {CHANNELS}]": of_a_layer(_CrossAttention, _reporting),
 }
