@@ -57,6 +57,16 @@ def call(draw):
     )
 
 
+@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("strides", [(0, 1, 2, 1), (1, 0, 0, 1), (2, 1, 3, 1), (1, 1, 0, 1), (1, 2, 1, 1)])
+def test_queries_whose_heads_or_tokens_lie_one_number_apart(engine, strides):
+    """PyTorch's kernel orders its output as the query is ordered, and then wrote where there was none."""
+    query = torch.arange(16.0).sin().as_strided((2, 2, 2, 3), strides)
+    key, value = torch.randn(2, 2, 2, 5, 3)
+    found = attention(query, key, value, settings=Settings(engine=engine))
+    torch.testing.assert_close(found.double(), exact(query, key, value), atol=5e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("more", [{}, CHUNKED], ids=["whole", "chunked"])
 @pytest.mark.parametrize("engine", order.names())
 @given(call())

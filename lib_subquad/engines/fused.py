@@ -138,6 +138,10 @@ def attend(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(problem.upcast_dtype)
     query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
+    if 1 in query.stride()[:-1]:
+        # The output's dimensions are ordered as the query's strides are, and the CPU's kernel of torch 2.13 writes
+        # in the wrong places where heads or tokens are as close together as channels: overlapping tensors.
+        query = query.contiguous()
     output = pytorch.call(query, key, value, attn_mask=mask, scale=scale)
     return output.to(problem.value_dtype), None
 
