@@ -8,6 +8,7 @@ the width equals the number of keys nothing but the caller tells them apart. So 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import device as devices
 from .attention import attention
 from .engines import pytorch
+from .plan import Plan
 from .problem import HALF_DTYPES
 from .settings import CHUNK_MAX, Settings
 from .tracing import is_recorded, is_transformed
@@ -100,6 +102,9 @@ def sdpa(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    settings: Settings = Settings(),
+    report: Callable[[Plan], None] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, which it may be put in the place of, inside a memory limit.
 
@@ -112,6 +117,7 @@ def sdpa(
         query: [..., queries, width]; key [..., keys, width], value [..., keys, value width], whose leading dimensions
             broadcast; with `enable_gqa` several of query's heads share one of theirs.
         attn_mask: broadcastable to [..., queries, keys]; bool (True = may attend) or added to the scores.
+        settings, report: those of attention(); calls that are PyTorch's to compute are not reported.
     """
     pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     pytorchs.update({"scale": scale} if scale is not None else {}, **({"enable_gqa": True} if enable_gqa else {}))
@@ -122,7 +128,7 @@ def sdpa(
     try:
         given = _with_equal_leading(query, key, value, enable_gqa)
         *given, mask = _as_autocast_gives(*given, attn_mask)
-        return attention(*given, mask=mask, scale=scale)
+        return attention(*given, mask=mask, scale=scale, settings=settings, report=report)
     except ValueError:  # integers, an error that PyTorch has better words for
         return pytorch.OWN(query, key, value, **pytorchs)
 

@@ -19,6 +19,9 @@ script_callbacks.on_ui_tabs(tab.create)
 script_callbacks.on_app_started(api.mount)
 for name, callback in host().callbacks().items():
     getattr(script_callbacks, name)(callback)
+if hasattr(script_callbacks, "on_before_process"):  # some generations leave the script below out
+    script_callbacks.on_before_process(infotext.begin)
+    script_callbacks.on_after_process(infotext.end)
 
 
 class Subquad(scripts.Script):

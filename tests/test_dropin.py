@@ -14,6 +14,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from lib_subquad import (
+    Settings,
     attention,
     dropin,
     efficient_dot_product_attention,
@@ -239,6 +240,16 @@ def test_sdpa_with_heads_that_share_keys():
     torch.testing.assert_close(
         sdpa(query, key, value, enable_gqa=True), F.scaled_dot_product_attention(query, *repeated), atol=1e-5, rtol=1e-4
     )
+
+
+def test_sdpa_by_the_users_settings_is_reported():
+    query, plans = torch.randn(1, 2, 20, 8), []
+    settings = Settings(engine="portable", query_chunk=7)
+    found = sdpa(query, query, query, settings=settings, report=plans.append)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, query, query), atol=1e-5, rtol=1e-4)
+    assert [(plan.engine, plan.query_chunk) for plan in plans] == [("portable", 7)]
+    sdpa(query, query, query, is_causal=True, settings=settings, report=plans.append)
+    assert len(plans) == 1  # PyTorch's to compute
 
 
 def test_dropout_is_pytorchs(monkeypatch):

@@ -10,7 +10,7 @@ RETRIES = "Subquad retries"
 
 
 def begin(p) -> None:
-    """At `process`, when this request's overrides are in force."""
+    """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
     status.begin()
     memory.forget()  # the model may have been moved since
     host().prepare()
@@ -31,3 +31,9 @@ def finish_batch(p) -> None:
         seen.reach = host().reach(seen.served)
     if seen.retries or seen.remembered:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
+
+
+def end(p) -> None:
+    """After the generation, whatever became of it, where the web UI tells of all requests."""
+    finish_batch(p)  # some are made without the script that would have been asked
+    host().release()

@@ -7,7 +7,7 @@ import importlib
 from .base import Host
 
 # A file each, with `find()`: the first that finds what it builds on is taken.
-KINDS = ("a1111", "functions")
+KINDS = ("a1111", "functions", "pipelines")
 
 _host: Host | None = None
 

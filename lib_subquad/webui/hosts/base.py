@@ -19,6 +19,23 @@ from ..status import Reach
 VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
 
 
+# What part of a function's name says what computes attention.
+KNOWN = {
+    "pytorch": "PyTorch's attention",
+    "xformers": "xformers",
+    "sage": "SageAttention",
+    "flash": "FlashAttention",
+    "sub_quad": "its own sub-quadratic attention",
+    "split": "split attention",
+    "slice": "split attention",
+    "normal": "split attention",
+    "basic": "plain attention",
+    "dynamic": "dynamic attention",
+    "flex": "FlexAttention",
+}
+IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
+
+
 class Refused(ValueError):
     """A question that cannot be answered; the message is a sentence for the user."""
 
@@ -60,6 +77,9 @@ class Host:
 
     def prepare(self) -> None:
         """Before a generation: what others put in our place, or loaded since, comes to us again."""
+
+    def release(self) -> None:
+        """After a generation, where the web UI tells of every one."""
 
     def undo(self) -> None:
         """Nothing of ours stays in the web UI: its scripts are unloaded."""
@@ -130,6 +150,50 @@ class Host:
         """
         if config := getattr(shared, "config_filename", None):  # the demo keeps none
             shared.opts.save(config)
+
+
+class Switched(Host):
+    """A web UI that offers no choice of attention: whether subquad is used, and for what, is a setting of ours."""
+
+    has_switch = True
+
+    @property
+    def active(self) -> bool:
+        return bool(self.parts_in_use())
+
+    def standing(self) -> Standing:
+        own, parts = {part: self.own_in_words(part) for part in (UNET, VAE)}, self.parts_in_use()
+        both = own[UNET] if own[UNET] == own[VAE] else f"{own[UNET]}, and in the VAE {own[VAE]}"
+        if not parts:
+            return Standing(
+                "subquad is not active",
+                f"the web UI uses {both}. Set \u201c{options.USE.label}\u201d (in Settings, Sub-quadratic attention, "
+                "or in Quicksettings if you have put it there).",
+            )
+        if len(parts) > 1:
+            return Standing("subquad is active", f"without it the web UI would use {both}.")
+        (ours,), (other,) = parts, [part for part in own if part not in parts]
+        return Standing(
+            f"subquad is active in {IN_WORDS[ours]}",
+            f"without it the web UI would use {own[ours]}. It does use {own[other]} in {IN_WORDS[other]}.",
+        )
+
+    def parts(self, settings: Settings) -> tuple[str, ...]:
+        """What the switch says, and it alone: `settings.vae` is that of web UIs without one."""
+        return options.use() or (UNET, VAE)
+
+    def parts_in_use(self) -> tuple[str, ...]:
+        """The parts of a model in which attention is ours now."""
+        return options.use()
+
+    def own_in_words(self, part: str) -> str:
+        """What the web UI computes attention by in this part, where it is not ours."""
+        raise NotImplementedError
+
+
+def in_words(name: str) -> str:
+    """What a function of this name computes attention by."""
+    return next((words for part, words in KNOWN.items() if part in name), name)
 
 
 def module(name: str) -> ModuleType | None:

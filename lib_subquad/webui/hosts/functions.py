@@ -16,24 +16,11 @@ from ...settings import Settings
 from .. import options
 from ..status import Reach
 from . import places
-from .base import UNET, VAE, Host, Loaded, Refused, Standing, module, readable
+from .base import UNET, VAE, Loaded, Refused, Switched, in_words, module, readable
 from .hooks import home, owner
 from .places import KEPT, Original, Place
 from .wrapper import Wrapper
 
-# What part of a function's name says what computes attention.
-KNOWN = {
-    "pytorch": "PyTorch's attention",
-    "xformers": "xformers",
-    "sage": "SageAttention",
-    "flash": "FlashAttention",
-    "sub_quad": "its own sub-quadratic attention",
-    "split": "split attention",
-    "slice": "split attention",
-    "normal": "split attention",
-    "basic": "plain attention",
-}
-IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
 CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
 
 
@@ -67,10 +54,8 @@ class Kept:
             raise AttributeError(KEPT) from None
 
 
-class Functions(Host):
+class Functions(Switched):
     """A web UI that binds attention to names in its modules."""
-
-    has_switch = True
 
     def __init__(self) -> None:
         self._originals: dict[FunctionType, Original] = {}
@@ -78,10 +63,6 @@ class Functions(Host):
         self._classes: set[type] = set()
         self._kept: list[FunctionType] = []  # by instances of classes: known when they are first called
         self._in_place = False
-
-    @property
-    def active(self) -> bool:
-        return bool(self.parts_in_use())
 
     def prepare(self) -> None:
         """Put a wrapper wherever an original is held: of what was loaded since, or is new, too."""
@@ -126,33 +107,11 @@ class Functions(Host):
         """Whether an instance of this class keeps the web UI's function, and not one that a guest gave it."""
         return function in self._originals or home(function).split(".")[0] == keeper.__module__.split(".")[0]
 
-    def standing(self) -> Standing:
-        own, parts = {part: self._own_in_words(part) for part in (UNET, VAE)}, self.parts_in_use()
-        both = own[UNET] if own[UNET] == own[VAE] else f"{own[UNET]}, and in the VAE {own[VAE]}"
-        if not parts:
-            return Standing(
-                "subquad is not active",
-                f"the web UI uses {both}. Set \u201c{options.USE.label}\u201d (in Settings, Sub-quadratic attention, "
-                "or in Quicksettings if you have put it there).",
-            )
-        if len(parts) > 1:
-            return Standing("subquad is active", f"without it the web UI would use {both}.")
-        (ours,), (other,) = parts, [part for part in own if part not in parts]
-        return Standing(
-            f"subquad is active in {IN_WORDS[ours]}",
-            f"without it the web UI would use {own[ours]}. It does use {own[other]} in {IN_WORDS[other]}.",
-        )
-
     def settings(self) -> Settings:
         return options.current(any(it.upcasts() for it in self._originals.values() if it.heads))
 
-    def parts(self, settings: Settings) -> tuple[str, ...]:
-        """What the switch says, and it alone: `settings.vae` is that of web UIs without one."""
-        return options.use() or (UNET, VAE)
-
     def parts_in_use(self) -> tuple[str, ...]:
-        """The parts of a model in which attention is ours now."""
-        return options.use() if self._originals else ()
+        return super().parts_in_use() if self._originals else ()
 
     def reach(self, served: set[int]) -> Reach:
         foreign = {place: place.held for place in self._foreign() if id(self._wrappers.get(place)) not in served}
@@ -199,11 +158,10 @@ class Functions(Host):
     def _serves(self, part: str) -> bool:
         return self._in_place and part in options.use()
 
-    def _own_in_words(self, part: str) -> str:
-        """What the web UI computes attention by in this part, where it is not ours."""
+    def own_in_words(self, part: str) -> str:
         known = [it.function for it in self._originals.values() if it.heads is (part == UNET)]
         known += self._kept if part == VAE else []
-        return " or ".join(dict.fromkeys(map(_in_words, known))) or "attention of its own"
+        return " or ".join(dict.fromkeys(in_words(it.__name__) for it in known)) or "attention of its own"
 
     def _chosen_file(self) -> str:
         """The checkpoint that the user has chosen, or else the first on the list, as the web UI does."""
@@ -226,10 +184,6 @@ def unwrapped(value: object) -> object:
 def find() -> Functions | None:
     host = Functions()
     return host if host.look(places.all_modules()) else None
-
-
-def _in_words(function: FunctionType) -> str:
-    return next((words for part, words in KNOWN.items() if part in function.__name__), function.__name__)
 
 
 def _parts_of(model: object) -> dict[str, nn.Module]:

@@ -36,6 +36,11 @@ class Hook:
         return getattr(self.owner, self.name)
 
     @property
+    def beneath(self) -> Callable:
+        """What stands there now, or would without us."""
+        return self._before if self.standing is self.ours else self.standing
+
+    @property
     def in_force(self) -> bool:
         """Whether it is applied, and the host has not put back its own without telling us, as it does for training."""
         standing = self.standing
