@@ -686,6 +686,18 @@ def test_arguments_are_bound_by_the_originals_signature(any_ui, how):
     close(found, expected)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_keys_of_several_images_are_served(any_ui, images):
+    """The web UIs' functions view keys by query's number of batch entries; IP-Adapter gives those of all its images."""
+    query, _, _, heads = tensors()
+    key, value = torch.randn(2, 2 * images, 4, query.shape[2])
+    expected = any_ui.of(any_ui.family.main)(query, *(it.view(2, -1, query.shape[2]) for it in (key, value)), heads)
+    any_ui.use(EVERYTHING)
+    found, _ = any_ui.generate(lambda: any_ui.of(any_ui.family.main)(query, key, value, heads))
+    assert any_ui.calls == 1 and not any_ui.status.generation().passed_on
+    close(found, expected)
+
+
 def test_everything_by_the_originals_own_names(reforge):
     """Of this web UI's originals one calls them query, key and value, another q, k and v."""
     reforge.use(EVERYTHING)
