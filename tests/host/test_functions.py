@@ -624,6 +624,17 @@ def test_a_guest_that_wraps_ours(forge):
     assert len(done) == len(forge.fake.calls) == 1 and forge.calls == 0
 
 
+def test_options_of_a_model_that_hold_ours_can_be_copied(any_ui):
+    """Web UIs copy them for each image, with whatever a guest put there; functions are copied as themselves."""
+    any_ui.use(EVERYTHING)
+    for place in any_ui.family.served:
+        held = any_ui.of(place)
+        options = {"patches_replace": {"attn1": {("input", 1): functools.partial(held, heads=2)}}, "patch": held}
+        for copied in (copy.copy(options), copy.deepcopy(options)):
+            assert copied["patch"] is held
+            assert copied["patches_replace"]["attn1"][("input", 1)].func is held
+
+
 # ------------------------------------------------------------------------------------------------------ how it computes
 
 
