@@ -45,8 +45,10 @@ def set_query_chunk(page, value: int) -> str:
 
 
 def generate(page, side: int = 128, steps: int = 2) -> int:
-    """Make an image with the page's own button; how many tokens it has, of 8 x 8 pixels."""
+    """Make an image with the page's own button, larger where its sliders begin later; how many tokens of 8 x 8 pixels
+    it has."""
     open_tab(page, "txt2img")
+    side = max(side, int(page.locator("#txt2img_width input[type=range]").first.get_attribute("min")))
     for name, value in (("width", side), ("height", side), ("steps", steps)):
         set_number(page, f"txt2img_{name}", value)
     page.click("#txt2img_generate")

@@ -376,7 +376,8 @@ REFUSED = {
     "batches of different sizes": [
         lambda q, k, v: (q, k[:1, :-1], v[:1, :-1], HEADS),
         lambda q, k, v: (q, k, v[:1], HEADS),
-        lambda q, k, v: (q[:1], k, v, HEADS),
+        lambda q, k, v: (torch.cat([q, q[:1]]), k[:, :-1], v[:, :-1], HEADS),
+        lambda q, k, v: (q[:0], k, v, HEADS),
     ],
     "queries, keys and values that do not fit together": [
         lambda q, k, v: (q, k, v[:, :-1], HEADS),
@@ -524,3 +525,35 @@ def test_keys_whose_batch_hypertile_leaves_whole(tiles, tokens):
     torch.testing.assert_close(
         heads_attention(query, key, value, HEADS), expected.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_keys_of_several_images_for_each_query(settings, images, together):
+    """As IP-Adapter gives them: batch entries of one query follow each other; without a guidance there is one query."""
+    query, _, _ = projections(batch=1 + together)
+    key, value = torch.randn(2, len(query), images, 4, HEADS * WIDTH)
+    found = heads_attention(query, key.flatten(0, 1), value.flatten(0, 1), HEADS, settings=settings)
+    close(found, in_float64(query, key.flatten(1, 2), value.flatten(1, 2), HEADS).float())
+    assert images == 1 or not torch.allclose(found, by_sdpa(query, key[:, 0], value[:, 0], HEADS), atol=1e-2)
+
+
+def test_masks_beside_keys_of_several_images(settings):
+    query, key, value = projections()
+    mask = mask_of((BATCH, TOKENS, KEYS), "bool")
+    images = (it.reshape(2 * BATCH, KEYS // 2, -1) for it in (key, value))
+    expected = in_float64(query, key, value, HEADS, mask[:, None]).float()
+    close(heads_attention(query, *images, HEADS, mask, settings=settings), expected)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+@trials(max_examples=60, deadline=None, database=None)
+def test_any_numbers_of_batch_entries(queries, batch, tokens):
+    """Computed wherever a view by query's number of them has a meaning, with what that view computes."""
+    query, key, value = torch.randn(queries, 3, 8), *torch.randn(2, batch, tokens, 8)
+    if batch * tokens % queries:
+        with pytest.raises(ValueError, match="^batches of different sizes$"):
+            heads_attention(query, key, value, 2)
+        return
+    viewed = (it.view(queries, -1, 8) for it in (key, value))
+    close(heads_attention(query, key, value, 2), by_sdpa(query, *viewed, 2))

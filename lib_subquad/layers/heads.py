@@ -30,8 +30,9 @@ def heads_attention(
 
     Args:
         query: [batch, tokens, heads * width]; or [batch, heads, tokens, width] where `skip_reshape`.
-        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Of fewer batch
-            entries, as Hypertile leaves them, each is that of several consecutive queries, which share out its tokens.
+        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Of another number
+            of batch entries, consecutive queries share out the tokens of one (as Hypertile leaves them), or a query has
+            those of several (IP-Adapter with several images), as a view by query's number has them.
         value: as key; its width may differ.
         heads: how many.
         mask: bool (True = may attend) or floating point (added to the scores); [tokens, key tokens], [batch, key
@@ -123,10 +124,9 @@ def _in_batches_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     if not all(isinstance(it, Tensor) and it.dim() == 3 for it in (query, key, value)):
         return key, value
     wanted, (batch, tokens) = query.shape[0], key.shape[:2]
-    divides = wanted > batch > 0 and not wanted % batch and not tokens % (wanted // batch)
-    if not divides or value.shape[:2] != key.shape[:2]:
+    if wanted in (0, batch) or batch * tokens % wanted or value.shape[:2] != key.shape[:2]:
         return key, value
-    return key.reshape(wanted, -1, key.shape[2]), value.reshape(wanted, -1, value.shape[2])
+    return tuple(it.reshape(wanted, batch * tokens // wanted, it.shape[2]) for it in (key, value))
 
 
 def _why_no_projections(query, key, value, dimensions: int) -> str:

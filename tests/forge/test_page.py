@@ -23,7 +23,7 @@ def server(forge):
     flags = [PYTORCH] if forge.knows(PYTORCH) else []
     with forge.running(*flags, **dict.fromkeys(QUICKSETTINGS, ["sd_model_checkpoint", "subquad_use"])) as running:
         yield running
-        assert "Traceback" not in running.log
+    forge.check_log(running, *flags)
 
 
 @pytest.fixture(scope="module")

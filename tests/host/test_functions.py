@@ -624,6 +624,17 @@ def test_a_guest_that_wraps_ours(forge):
     assert len(done) == len(forge.fake.calls) == 1 and forge.calls == 0
 
 
+def test_options_of_a_model_that_hold_ours_can_be_copied(any_ui):
+    """Web UIs copy them for each image, with whatever a guest put there; functions are copied as themselves."""
+    any_ui.use(EVERYTHING)
+    for place in any_ui.family.served:
+        held = any_ui.of(place)
+        options = {"patches_replace": {"attn1": {("input", 1): functools.partial(held, heads=2)}}, "patch": held}
+        for copied in (copy.copy(options), copy.deepcopy(options)):
+            assert copied["patch"] is held
+            assert copied["patches_replace"]["attn1"][("input", 1)].func is held
+
+
 # ------------------------------------------------------------------------------------------------------ how it computes
 
 
@@ -682,6 +693,18 @@ def test_arguments_are_bound_by_the_originals_signature(any_ui, how):
     expected = call(any_ui.of(any_ui.family.main))
     any_ui.use(EVERYTHING)
     found, _ = any_ui.generate(lambda: call(any_ui.of(any_ui.family.main)))
+    assert any_ui.calls == 1 and not any_ui.status.generation().passed_on
+    close(found, expected)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_keys_of_several_images_are_served(any_ui, images):
+    """The web UIs' functions view keys by query's number of batch entries; IP-Adapter gives those of all its images."""
+    query, _, _, heads = tensors()
+    key, value = torch.randn(2, 2 * images, 4, query.shape[2])
+    expected = any_ui.of(any_ui.family.main)(query, *(it.view(2, -1, query.shape[2]) for it in (key, value)), heads)
+    any_ui.use(EVERYTHING)
+    found, _ = any_ui.generate(lambda: any_ui.of(any_ui.family.main)(query, key, value, heads))
     assert any_ui.calls == 1 and not any_ui.status.generation().passed_on
     close(found, expected)
 

@@ -43,6 +43,13 @@ class Wrapper:
         """As a function has it that a class holds."""
         return self if instance is None else MethodType(self, instance)
 
+    def __copy__(self) -> Wrapper:
+        """Itself, as functions: a web UI copies the options of a model, in which a guest may keep what it calls."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Wrapper:
+        return self
+
     def __eq__(self, other: object) -> bool:
         return self.original.function is (other.original.function if isinstance(other, Wrapper) else other)
 

@@ -9,7 +9,7 @@ import sysconfig
 import types
 
 import torch
-from modules import script_callbacks, scripts, shared
+from modules import script_callbacks, scripts, sd_models, shared
 
 OURS = "lib_subquad"
 QUERY_KEY_VALUE = (("q", "k", "v"), ("query", "key", "value"))
@@ -63,6 +63,7 @@ class Probe(scripts.Script):
     def process(self, p, *args):
         global calls
         calls = Calls()
+        torch.manual_seed(0)  # token merging draws from PyTorch's own numbers, and not all of them seed those
         sys.setprofile(calls)
 
     def postprocess(self, p, processed, *args):
@@ -88,6 +89,11 @@ def routes(_page, app):
     def options():
         """All settings; the web UI's own route may leave out those of extensions."""
         return {key: getattr(shared.opts, key) for key in shared.opts.data_labels}
+
+    @app.get("/probe/checkpoints")
+    def checkpoints():
+        """The titles on the web UI's list; its own route for them may fail."""
+        return [info.title for info in sd_models.checkpoints_list.values()]
 
     @app.get("/probe/estimate")
     def estimate(batch: int = 2, height: int = 64, width: int = 64):
