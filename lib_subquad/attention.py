@@ -14,6 +14,7 @@ from .calls import call_for
 from .engines.base import Engine
 from .forward import attend_chunks
 from .plan import Plan
+from .problem import check, check_mask
 from .recompute import AttentionNode
 from .retry import Chunks
 from .settings import Settings, check_settings
@@ -51,9 +52,12 @@ def attention(
             shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
-    if is_traced(query, key, value):
-        return attend_traced(query, key, value, mask, scale, settings, report)
     check_settings(settings)
+    if is_traced(query, key, value):
+        check(query, key, value, mask)
+        return attend_traced(query, key, value, mask, scale, settings, report)
+    if mask is not None and type(mask) is not Tensor:
+        check_mask(mask)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
