@@ -83,12 +83,14 @@ def attend(
         door = torch.zeros((), device=query.device, requires_grad=True)
         query, key, value = (_Door.apply(door, it, stands, n) for n, it in enumerate((query, key, value)))
         chunk, _ = engine.attend(problem, sizes, query, key, value, mask, scale)
-        logsumexp = stands.named(chunk.grad_fn, (query, key, value, mask, chunk, None))
+        with unseen_by_policies():
+            logsumexp = stands.named(chunk.grad_fn, (query, key, value, mask, chunk, None))
         if logsumexp is None:
             return chunk.detach(), None, None
         exit = _Exit.apply(chunk, stands)
     chunk.detach_()
-    statistics = _statistics(logsumexp, query.shape[2], mask is not None)
+    with unseen_by_policies():
+        statistics = _statistics(logsumexp, query.shape[2], mask is not None)
     return chunk, statistics, Record(rows, door, exit, stands)
 
 
@@ -162,7 +164,7 @@ class _Stands:
             tensor = getattr(node, f"_saved_{name}", None)
             if self.asked_for is None or not isinstance(tensor, Tensor):
                 continue
-            if not _can_be_made(tensor, place, given):
+            if not _can_be_made(tensor, place, given, self.asked_for.form):
                 return None
             self.asked_for.place = place
             found.add(place)
@@ -176,22 +178,21 @@ class _Stands:
         return logsumexp
 
 
-def _can_be_made(tensor: Tensor, place: int, given: tuple[Tensor | None, ...]) -> bool:
-    """Whether this one, which a node keeps, is of the same numbers as that one of the call's chunk."""
+def _can_be_made(tensor: Tensor, place: int, given: tuple[Tensor | None, ...], form: tuple) -> bool:
+    """Whether this one, which a node keeps, comes of that one of the call's chunk.
+
+    An engine, or what is in the place of PyTorch's function, may have changed it.
+    """
     source = given[place]
     if place == STATISTICS:
         batch, heads, queries, _ = given[QUERY].shape
         return tensor.shape[:2] == (batch, heads) and tensor.dim() > 2 and queries <= tensor.shape[2:].numel()
     if source is None:
         return False
-    if place == MASK:  # a bool one becomes scores; a float one is as it should be when it comes here
-        return tensor.dim() == 4 and (source.dtype == torch.bool or _widens(source.dtype, tensor.dtype))
-    return tensor.shape == source.shape and _widens(source.dtype, tensor.dtype)
-
-
-def _widens(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether numbers of this dtype are the same in that one."""
-    return torch.promote_types(dtype, other) == other
+    if (source.data_ptr(), source.shape, source.stride(), source.dtype) == (tensor.data_ptr(), *form):
+        return True
+    expands = place == MASK and tensor.dim() == 4 and all(mine in (1, its) for mine, its in zip(source.shape, form[0]))
+    return (expands or tensor.shape == source.shape) and torch.equal(_laid_out(source, place, form), tensor)
 
 
 def _laid_out(source: Tensor, place: int, form: tuple) -> Tensor:

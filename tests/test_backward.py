@@ -337,6 +337,31 @@ def test_the_same_is_kept_whatever_engine_and_sizes(dtype, mask):
     assert all(other == kept[0] for other in kept) and len(kept[0]) == 5 + (mask is not None)
 
 
+@pytest.mark.parametrize("mask", [None, float_mask], ids=["none", "float"])
+@pytest.mark.parametrize("changes", ["query", "key", "value", "mask", "result", "nothing"])
+def test_a_function_in_the_place_of_pytorchs_that_changes_what_it_is_given(changes, mask, monkeypatch):
+    own = F.scaled_dot_product_attention
+
+    def changing(query, key, value, attn_mask=None, **more):
+        given = {"query": query, "key": key, "value": value, "mask": attn_mask}
+        if given.get(changes) is not None:
+            given[changes] = given[changes] * 2
+        query, key, value, attn_mask = given.values()
+        result = own(query, key, value, attn_mask=attn_mask, **more)
+        return result * 2 if changes == "result" else result
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", changing)
+    tensors, mask = inputs(value_width=4), mask and mask()
+    grad_output = torch.randn(2, 3, 7, 4)
+    for settings in (Settings(), Settings(query_chunk=3)):
+        found = []
+        for hooks in (contextlib.nullcontext, unchanged_hooks):
+            with hooks():
+                found.append(gradients(attention(*tensors, mask=mask, settings=settings), tensors, grad_output))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other)
+
+
 def test_nothing_is_held_of_what_somebody_else_keeps():
     """As `torch.utils.checkpoint` keeps nothing of a block's first run."""
     tensors = [torch.randn(1, 2, 2048, 8, requires_grad=True) for _ in range(3)]
