@@ -372,6 +372,19 @@ def test_nothing_is_held_of_what_somebody_else_keeps():
     assert held < 1.25 * output.numel() * 4
 
 
+@pytest.mark.parametrize("queries, size", [(4096, 0), (4096, 512), (8192, 256)])
+def test_what_such_a_call_takes_was_planned(queries, size, peak_bytes):
+    tensors = [torch.randn(1, 16, tokens, 8, requires_grad=True) for tokens in (queries, 64, 64)]
+    plans, settings = [], Settings(query_chunk=size)
+
+    def call():
+        with unchanged_hooks():
+            return attention(*tensors, settings=settings, report=plans.append)
+
+    call()
+    assert peak_bytes(call) - tensors[0].numel() * 4 <= plans[0].workspace_bytes
+
+
 def in_a_block(fails, reentrant, monkeypatch, error, layers=1, mask=None, settings=Settings()):
     """Tensors with gradients of a checkpointed block of equal layers whose chunks number `fails` fail, each once its
     kernel has run and PyTorch has kept what it wants of it."""
