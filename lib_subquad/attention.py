@@ -14,7 +14,8 @@ from .calls import call_for
 from .engines.base import Engine
 from .forward import attend_chunks
 from .plan import Plan
-from .recompute import RecomputedAttention
+from .problem import check, check_mask
+from .recompute import AttentionNode
 from .retry import Chunks
 from .settings import Settings, check_settings
 from .tensors import mask_with_four_dimensions, with_four_dimensions
@@ -51,16 +52,19 @@ def attention(
             shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
-    if is_traced(query, key, value):
-        return attend_traced(query, key, value, mask, scale, settings, report)
     check_settings(settings)
+    if is_traced(query, key, value):
+        check(query, key, value, mask)
+        return attend_traced(query, key, value, mask, scale, settings, report)
+    if mask is not None and type(mask) is not Tensor:
+        check_mask(mask)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
     chunks = Chunks(call.problem, call.plan, settings)
     output = None
-    if call.engine is not None and not devices.autocast_enabled(query.device.type):
+    if call.engine is not None and not chunks.one_node and not devices.autocast_enabled(query.device.type):
         output = _at_once(call.engine, query, key, value, mask, scale, chunks)
     if output is None:
         output = _in_chunks(query, key, value, mask, scale, chunks)
@@ -84,10 +88,10 @@ def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chun
 def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
         while True:
-            recomputes, output = chunks.recomputes, None  # and nothing of what the graph of an unfinished one keeps
-            if recomputes:
-                output = RecomputedAttention.apply(query, key, value, mask, scale, chunks)
+            one_node, output = chunks.one_node, None  # and nothing of what the graph of an unfinished one keeps
+            if one_node:
+                output = AttentionNode.apply(query, key, value, mask, scale, chunks)
             else:
                 output, _ = attend_chunks(query, key, value, mask, scale, chunks)
-            if chunks.recomputes == recomputes:
+            if chunks.one_node == one_node:
                 return output

@@ -7,6 +7,7 @@ the width equals the number of keys nothing but the caller tells them apart. So 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -131,6 +132,17 @@ def sdpa(
         return attention(*given, mask=mask, scale=scale, settings=settings, report=report)
     except ValueError:  # integers, an error that PyTorch has better words for
         return pytorch.OWN(query, key, value, **pytorchs)
+
+
+def _known_to_scripts() -> None:
+    """A program that torch.jit.script reads while ours is in the place of PyTorch's has PyTorch's operator there."""
+    with contextlib.suppress(AttributeError, ImportError):  # private; without it such a program cannot be read
+        from torch.jit._builtins import _register_builtin
+
+        _register_builtin(sdpa, "aten::scaled_dot_product_attention")
+
+
+_known_to_scripts()
 
 
 def _has_a_function(mask: Tensor | None) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
+from . import recorded
 from .engines import order
 from .retry import Chunks
 from .tensors import new_output, rows_of
@@ -18,21 +21,30 @@ def attend_chunks(
     use, where `chunks` are still pending.
     """
     output = statistics = None
+    unseen = recorded.unseen_by_policies if chunks.watched else contextlib.nullcontext
     for rows in chunks:
         with chunks.attempt():
             engine, sizes = order.named(chunks.plan.engine), chunks.plan.sizes
             row_mask = None if mask is None else rows_of(mask, rows)
-            chunk, chunk_statistics = engine.attend(
-                chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
-            )
+            call = chunks.problem, sizes, query[:, :, rows], key, value, row_mask, scale
+            if chunks.one_node and engine.DIFFERENTIABLE:
+                chunk, chunk_statistics, record = recorded.attend(engine, rows, *call)
+                if record is None:
+                    chunks.leave_to_pytorch()
+                    break
+                chunks.records.append(record)
+            else:
+                with unseen() if chunks.one_node else contextlib.nullcontext():
+                    chunk, chunk_statistics = engine.attend(*call)
             if rows == slice(0, query.shape[2]):
                 return chunk, chunk_statistics
-            if output is None:
-                output = new_output(query, value)
-            output[:, :, rows] = chunk
-            if chunks.problem.grad and chunk_statistics is not None:
-                statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
-                statistics[:, :, rows] = chunk_statistics
+            with unseen():
+                if output is None:
+                    output = new_output(query, value)
+                output[:, :, rows] = chunk
+                if chunks.problem.grad and chunk_statistics is not None:
+                    statistics = chunk_statistics.new_empty(*output.shape[:3], 2) if statistics is None else statistics
+                    statistics[:, :, rows] = chunk_statistics
     if output is None and not chunks.problem.queries:
         output = new_output(query, value)
     return output, statistics

@@ -161,6 +161,35 @@ def _leading(shape: tuple[int, ...]) -> tuple[int, int]:
     return batch, shape[-3] if len(shape) > 2 else 1
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Say what makes no attention, and nothing else: for tensors without numbers.
+
+    Raises:
+        ValueError: as `Problem.of`.
+    """
+    _check_tensors(query, key, value, mask)
+    _check_shapes(query.shape, key.shape, value.shape)
+    _check_dtypes(query.shape, query.dtype, value.shape, value.dtype)
+    if mask is not None:
+        _mask_sizes(tuple(mask.shape), mask.dtype, (*query.shape[:-1], key.shape[-2]))
+
+
+def check_mask(mask: Any) -> None:
+    """Say it in words where a mask is of a class that stands for numbers, such as PyTorch's `CausalBias`, and has none.
+
+    Raises:
+        ValueError: it is.
+    """
+    own = getattr(type(mask), "__torch_function__", None)
+    if isinstance(mask, Tensor) and getattr(own, "__func__", own) not in PLAIN_FUNCTIONS:
+        raise ValueError(
+            f"mask is a {type(mask).__name__}; expected a plain tensor of numbers (sdpa() takes such masks)"
+        )
+
+
+PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     named = {"query": query, "key": key, "value": value}
     if mask is not None:
@@ -211,7 +240,8 @@ def _mask_sizes(mask: tuple[int, ...], dtype: torch.dtype | None, scores: tuple[
     if dtype != torch.bool and dtype not in FLOAT_DTYPES:
         raise ValueError(f"mask {_sizes(mask)} is {dtype}; expected bool or a floating-point dtype")
     fits = len(mask) <= len(scores) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(mask), reversed(scores))
+        size == 1 or size == wanted
+        for size, wanted in zip(reversed(mask), reversed(scores))  # compilers know no `in`
     )
     if not fits:
         raise ValueError(f"mask has shape {_sizes(mask)}; expected one that broadcasts to {_sizes(scores)}")

@@ -1,17 +1,26 @@
-"""Gradients that are recomputed chunk by chunk in the backward pass, by engines that PyTorch cannot differentiate."""
+"""A call as one node of PyTorch's graph, which keeps the same of it whatever engine and sizes there were.
+
+What is kept is query, key, value, mask, output and two numbers a row. From these the gradients come by the node that
+PyTorch itself has recorded of a chunk (`recorded`), or are recomputed chunk by chunk by an engine that it cannot
+differentiate. `torch.utils.checkpoint`, which runs a block twice, never sees that memory ran out in one of them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import device as devices
+from . import recorded
 from .engines import order
 from .forward import attend_chunks
+from .recorded import Record
 from .retry import Attempts, Chunks
 
 
-class RecomputedAttention(torch.autograd.Function):
+class AttentionNode(torch.autograd.Function):
     """attention() with gradients in query, key, value and a floating-point mask."""
 
     @staticmethod
@@ -24,26 +33,114 @@ class RecomputedAttention(torch.autograd.Function):
         scale: float,
         chunks: Chunks,
     ) -> Tensor:
-        """The loop, without gradients; what it keeps for the backward pass is two numbers a row."""
+        """The loop, without gradients."""
         output, statistics = attend_chunks(query, key, value, mask, scale, chunks)
-        ctx.save_for_backward(query, key, value, mask, output, statistics)
-        ctx.scale = scale
-        ctx.call = chunks.problem, chunks.plan, chunks.settings
+        if chunks.one_node:  # and not left unfinished
+            ctx.save_for_backward(query, key, value, mask, output, statistics)
+            ctx.scale = scale
+            ctx.call = chunks.problem, chunks.plan, chunks.settings
+            ctx.records = chunks.records
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        if torch.is_grad_enabled():  # once_differentiable would let them pass as constants where grad_output is one
-            raise RuntimeError(
-                "recomputed gradients cannot be differentiated again (create_graph=True); set checkpointing to 'never' "
-                "and the memory limit so high that scores are kept"
-            )
-        attempts = Attempts(*ctx.call, backward=True)
-        with devices.without_autocast(grad_output.device):
-            while attempts.pending:
-                with attempts.attempt():  # from the start: a chunk that failed may have added to grad_key already
-                    gradients = order.named(attempts.plan.engine).gradients(
-                        *ctx.saved_tensors, grad_output, ctx.scale, attempts.plan.sizes, ctx.needs_input_grad
-                    )
-        attempts.remember_refusals()
+        kept = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        wanted = ctx.needs_input_grad[:4]
+
+        def first(kept: Sequence[Tensor | None], grad_output: Tensor) -> list[Tensor | None]:
+            level = recorded.batch_level(grad_output)
+            if level is not None:
+                return _for_each(first, kept, grad_output, level)
+            return _gradients(ctx.call, ctx.records, kept, grad_output, ctx.scale, wanted)
+
+        if torch.is_grad_enabled():
+            gradients = Gradients.apply(*kept, grad_output, ctx.scale, first)
+        else:
+            gradients = first(kept, grad_output)
         return (*gradients, None, None)
+
+
+class Gradients(torch.autograd.Function):
+    """The gradients as a node of their own, where they may be differentiated again (create_graph=True)."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        output: Tensor,
+        statistics: Tensor,
+        grad_output: Tensor,
+        scale: float,
+        first: Callable[[Sequence[Tensor | None], Tensor], list[Tensor | None]],
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(query, key, value, mask, grad_output)
+        ctx.scale = scale
+        return tuple(first((query, key, value, mask, output, statistics), grad_output))
+
+    @staticmethod
+    def backward(ctx, *grad_gradients: Tensor | None):
+        """From all scores, which are made and kept here: there is no other way."""
+        needed = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[6])
+        again = torch.is_grad_enabled()
+        with torch.enable_grad(), devices.without_autocast(ctx.saved_tensors[-1].device):
+            # Views, so that the gradients of these stay apart from those of whatever grad_output was made of.
+            given = [None if it is None else it.view_as(it) for it in ctx.saved_tensors]
+            inputs = [it for it, wanted in zip(given, needed) if wanted]
+            pairs = [(it, grad) for it, grad in zip(given, grad_gradients) if grad is not None]
+            output = order.engines()[-1].attend_traced(*given[:4], ctx.scale)
+            first = torch.autograd.grad(output, [it for it, _ in pairs], given[4], create_graph=True)
+            second = torch.autograd.grad(
+                first, inputs, [grad for _, grad in pairs], create_graph=again, allow_unused=True
+            )
+        found = iter(second)
+        *gradients, grad_output = [next(found) if wanted else None for wanted in needed]
+        return (*gradients, None, None, grad_output, None, None)
+
+
+def _for_each(first: Callable, kept: Sequence[Tensor | None], grad_output: Tensor, level: int) -> list[Tensor | None]:
+    """Of many output gradients at a time (is_grads_batched=True), one after the other."""
+    each = [first(kept, it) for it in torch._remove_batch_dim(grad_output, level, 1, 0)]
+    return [None if found[0] is None else torch._add_batch_dim(torch.stack(found), 0, level) for found in zip(*each)]
+
+
+def _gradients(
+    call: tuple,
+    records: list[Record],
+    kept: Sequence[Tensor | None],
+    grad_output: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of query, key, value and mask, each in its tensor's dtype, None where it is not wanted."""
+    attempts = Attempts(*call, backward=True)
+    if not _is_whole(records, grad_output.shape[2]):
+        attempts.recompute()
+    with devices.without_autocast(grad_output.device):
+        while attempts.pending:
+            with attempts.attempt():  # from the start: a chunk that failed may have added to grad_key already
+                engine = order.named(attempts.plan.engine)
+                if engine.DIFFERENTIABLE:
+                    gradients = _recorded_gradients(records, kept, grad_output, wanted)
+                else:
+                    gradients = engine.gradients(*kept, grad_output, scale, attempts.plan.sizes, wanted)
+    attempts.remember_refusals()
+    return gradients
+
+
+def _is_whole(records: list[Record], queries: int) -> bool:
+    return sum(record.rows.stop - record.rows.start for record in records) == queries
+
+
+def _recorded_gradients(
+    records: list[Record], kept: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    queries, keys, values = [], None, None
+    for record in records:
+        grad_query, grad_key, grad_value = record.gradients(kept, grad_output)
+        queries.append(grad_query)
+        keys, values = (grad_key, grad_value) if keys is None else (keys + grad_key, values + grad_value)
+    found = (queries[0] if len(queries) == 1 else torch.cat(queries, dim=-2), keys, values, None)
+    return [it.to(tensor.dtype) if needed else None for it, tensor, needed in zip(found, kept, wanted)]

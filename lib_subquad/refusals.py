@@ -36,7 +36,7 @@ FATAL_TEXTS = (
 # raises through a kernel.
 REFUSING = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
 
-_refused: dict[tuple[Problem, str], str] = {}
+_refused: dict[tuple, str] = {}
 
 
 def is_refusal(error: Exception) -> bool:
@@ -59,14 +59,15 @@ def reason(engine: str, error: Exception) -> str:
 
 
 def remember(problem: Problem, engine: str, reason: str) -> None:
-    """This engine is not asked for this problem again until `forget()`."""
-    _refused[problem, engine] = reason
+    """This engine is not asked for this problem again until `forget()`, as long as PyTorch's switches are as they are:
+    with others it has another kernel."""
+    _refused[problem, engine, devices.switches()] = reason
     _warn_once(f"[subquad] {reason}. The next engine goes on")
 
 
 def of(problem: Problem, engine: str) -> list[str]:
     """Why this engine is not to be asked, if it refused before."""
-    reason = _refused.get((problem, engine)) if _refused else None
+    reason = _refused.get((problem, engine, devices.switches())) if _refused else None
     return [reason] if reason else []
 
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-import torch
-
-from . import console, memory, refusals
+from . import console, memory, recorded, refusals
 from . import device as devices
 from .engines import order
 from .plan import Plan, limit_bytes, plan_problem, with_sizes
@@ -21,18 +19,21 @@ warn_once = cache(console.warn)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
-_remembered: dict[tuple[Problem, Settings], tuple[Plan, int]] = {}
+_remembered: dict[tuple, tuple[Plan, int]] = {}
+# Where an engine's gradients are left to PyTorch, and to what it keeps for them.
+_left_to_pytorch: set[tuple[str, Problem]] = set()
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
 
 
 def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
     """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
     gradients are wanted `free` is all that there is, which never grows."""
-    found = _remembered.get((problem, settings))
+    key = problem, settings, devices.switches()
+    found = _remembered.get(key)
     if found is not None:
         made, failed_at = found
         if free > failed_at * GROWN:
-            _remembered.pop((problem, settings), None)
+            _remembered.pop(key, None)
         elif not refusals.of(problem, made.engine) and made.workspace_bytes <= limit_bytes(problem, settings, free):
             return made
     return plan_problem(problem, settings, free)
@@ -41,6 +42,7 @@ def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
 def forget() -> None:
     """Forget every size that was found to fit, every refusal, that they were logged, and how much memory was free."""
     _remembered.clear()
+    _left_to_pytorch.clear()
     refusals.forget()
     memory.forget()
     warn_once.cache_clear()
@@ -54,19 +56,32 @@ class Attempts:
                 ...  # an out-of-memory in here halves attempts.plan and leaves it pending
 
     `plan` is the plan now in force, `refusals` the engines that gave way and why. `backward`: it is the recomputation
-    of gradients that is tried.
+    of gradients that is tried. `watched`: somebody looks at what PyTorch keeps for the backward pass.
     """
 
     def __init__(self, problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> None:
         self.problem, self.plan, self.settings, self.backward = problem, plan, settings, backward
         self.pending = True
         self.refusals: tuple[tuple[str, str], ...] = ()
+        self.watched = problem.grad and recorded.is_watched()
 
     @property
-    def recomputes(self) -> bool:
-        """Whether gradients are recomputed, rather than left to PyTorch and what it keeps."""
-        differentiable = order.named(self.plan.engine).DIFFERENTIABLE
-        return self.problem.grad and not differentiable and not self.plan.keeps_scores
+    def one_node(self) -> bool:
+        """Whether the call is one node for PyTorch, which keeps the same of it whatever engine and sizes there were."""
+        if not self.problem.grad or self.plan.keeps_scores:
+            return False
+        if not order.named(self.plan.engine).DIFFERENTIABLE:
+            return True
+        return self.watched and (self.plan.engine, self.problem) not in _left_to_pytorch
+
+    def recompute(self) -> None:
+        """Gradients are to come from an engine that recomputes them."""
+        if order.named(self.plan.engine).DIFFERENTIABLE:
+            self.plan = next_engine(self.problem, self.plan, self.settings, backward=True) or self.plan
+
+    def leave_to_pytorch(self) -> None:
+        """This engine's gradients of this problem are PyTorch's, with all that it keeps for them."""
+        _left_to_pytorch.add((self.plan.engine, self.problem))
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -89,11 +104,11 @@ class Attempts:
                 line that says what.
         """
         refused, ran_out = refusals.is_refusal(error), devices.is_out_of_memory(error)
-        if (refused or ran_out) and self.problem.grad and not self.recomputes and _is_computed_again():
+        if (refused or ran_out) and self.problem.grad and not self.one_node and _is_computed_again():
             _add_line(error, COMPUTED_AGAIN)
             raise error
         if refused:
-            later = next_engine(self.problem, self.plan, self.backward)
+            later = next_engine(self.problem, self.plan, self.settings, self.backward)
             if later is None:
                 raise error
             reason = refusals.reason(self.plan.engine, error)
@@ -101,7 +116,7 @@ class Attempts:
             return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
         if not (self.settings.retry and ran_out):
             raise error
-        smaller = halved(self.problem, self.plan, self.backward)
+        smaller = halved(self.problem, self.plan, self.settings, self.backward)
         if smaller is None:
             self._say_what_was_tried(error)
             raise error
@@ -111,12 +126,14 @@ class Attempts:
         """Take that plan, for this call and the next ones of its kind."""
         ran_out = smaller.retries > self.plan.retries
         self.plan = smaller
-        memory.forget()  # a call that is known is planned anew, with what was found
         if ran_out:
             devices.release_cached(self.problem.device)
             warn_once("[subquad] out of memory: going on with smaller chunks")
+            memory.forget()
             free = memory.reading(self.problem.device, self.problem.grad).bytes
-            _remembered[self.problem, self.settings] = (replace(self.plan, retries=0), free)
+            key = self.problem, self.settings, devices.switches()
+            _remembered[key] = (replace(self.plan, retries=0), free)
+        memory.forget()  # a call that is known, or was planned meanwhile, is planned anew with what was found
 
     def remember_refusals(self) -> None:
         """The call is done: what an engine refused, another one did. A call that none can do, because of a hook of the
@@ -143,20 +160,21 @@ def _is_computed_again() -> bool:
     """Whether `torch.utils.checkpoint` (use_reentrant=False) runs a block for the second time, and expects that what
     PyTorch keeps of it is what it kept the first time. Private; where it does not tell, PyTorch's own error has to do.
     """
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    hooks = recorded.hooks() if recorded.hooks is not None else None
     return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
 
 
 COMPUTED_AGAIN = (
     "subquad cannot go on in smaller chunks here: torch.utils.checkpoint computes this block again, and other tensors "
-    "would be kept than the first time. Set smaller chunks or a lower memory limit"
+    "would be kept than the first time. Leave checkpointing to 'automatic', or set smaller chunks"
 )
 
 
 class Chunks(Attempts):
     """The query chunks of a call, as slices; one that runs out of memory comes again in smaller pieces.
 
-    They end early, still pending, when from now on gradients are to be recomputed: that holds for a whole call only.
+    They end early, still pending, when the call becomes one node for PyTorch, or no longer is one: that holds for a
+    whole call only. `records` are the nodes of the chunks within that one, where PyTorch made them.
 
     for rows in chunks:
         with chunks.attempt():
@@ -164,8 +182,9 @@ class Chunks(Attempts):
     """
 
     def __iter__(self) -> Iterator[slice]:
-        start, recomputed = 0, self.recomputes
-        while start < self.problem.queries and self.recomputes == recomputed:
+        start, one_node = 0, self.one_node
+        self.records: list[recorded.Record] = []
+        while start < self.problem.queries and self.one_node == one_node:
             stop = min(start + self.plan.query_chunk, self.problem.queries)
             self.pending = True
             yield slice(start, stop)
@@ -173,27 +192,34 @@ class Chunks(Attempts):
                 start = stop
 
 
-def halved(problem: Problem, plan: Plan, backward: bool = False) -> Plan | None:
+def halved(problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> Plan | None:
     """The plan with smaller sizes, or with the next engine where this one has none; None when all has been tried.
 
-    Scores that were to be kept are recomputed first.
+    Scores that were to be kept are recomputed first. What PyTorch recorded of an engine has the sizes that it has.
     """
     engine = order.named(plan.engine)
-    sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
-    smaller = next_engine(problem, plan, backward) if sizes is None else with_sizes(problem, plan, engine, sizes)
+    if backward and engine.DIFFERENTIABLE:
+        sizes = None
+    else:
+        sizes = plan.sizes._replace(heads=1) if plan.keeps_scores else engine.smaller(problem, plan.sizes)
+    smaller = (
+        next_engine(problem, plan, settings, backward) if sizes is None else with_sizes(problem, plan, engine, sizes)
+    )
     if smaller is None:
         return None
     return replace(smaller, retries=plan.retries + 1, reasons=(*_without_retry(plan.reasons), RETRY_REASON))
 
 
-def next_engine(problem: Problem, plan: Plan, backward: bool = False) -> Plan | None:
-    """The plan with the exact engine after its own that can do the problem, or recompute its gradients; None where
-    there is none."""
-    engines = list(order.engines())
-    for engine in engines[engines.index(order.named(plan.engine)) + 1 :]:
+def next_engine(problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> Plan | None:
+    """The plan with the exact engine after its own, by what the user wants, that can do the problem; in the backward
+    pass with one that recomputes gradients. None where there is none."""
+    engines, current = order.candidates(settings.engine), order.named(plan.engine)
+    if not (backward and current.DIFFERENTIABLE):
+        engines = engines[engines.index(current) + 1 :]
+    for engine in engines:
         if backward and engine.DIFFERENTIABLE:
             continue
-        if engine.EXACT and not engine.why_not(problem) and not refusals.of(problem, engine.NAME):
+        if engine.EXACT and not engine.why_not(problem) and (backward or not refusals.of(problem, engine.NAME)):
             return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))
     return None
 

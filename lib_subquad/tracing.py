@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .engines import order
 from .plan import Plan
@@ -33,8 +34,8 @@ def is_recorded() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return _transform() is not None
+    """Whether a transform of torch.func is at work, or forward-mode derivatives are computed."""
+    return _transform() is not None or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:

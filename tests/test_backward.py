@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib_subquad import Settings, attention
+from lib_subquad import Settings, attention, forget, recorded, sdpa
 from lib_subquad.engines import order
-from lib_subquad.recompute import RecomputedAttention
+from lib_subquad.recompute import AttentionNode
 from tests.personality import FailAt, alone
 
 SHAPES = (2, 3, 7, 70)  # batch, heads, queries, keys
@@ -220,7 +223,7 @@ def test_a_module_in_eval_mode_trains_what_is_put_into_it():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradients_no_graph(mode, monkeypatch):
-    monkeypatch.setattr(RecomputedAttention, "apply", lambda *args: pytest.fail("nobody asked for gradients"))
+    monkeypatch.setattr(AttentionNode, "apply", lambda *args: pytest.fail("nobody asked for gradients"))
     tensors = inputs()
     for settings in (Settings(), Settings(**CHUNKED)):
         with mode():
@@ -248,57 +251,243 @@ def test_a_retry_within_the_backward_pass():
         torch.autograd.grad(output, tensors, grad_output)
 
 
-def test_gradients_of_gradients_are_refused_in_words_or_right():
+@pytest.mark.parametrize("checkpointing", ["automatic", "never"])
+def test_gradients_of_gradients(checkpointing):
     tensors = inputs(torch.float64)
-    output = attention(*tensors, settings=Settings(**CHUNKED))
-    with pytest.raises(RuntimeError, match="set checkpointing to 'never'"):
-        torch.autograd.grad(output.sum(), tensors, create_graph=True)
-    kept = Settings(**CHUNKED, checkpointing="never")
-    assert torch.autograd.gradgradcheck(lambda *given: attention(*given, settings=kept), tensors, fast_mode=True)
+    for mask in (None, bool_mask(), float_mask().double()):
+        call = partial(attention, mask=mask, settings=Settings(**CHUNKED, checkpointing=checkpointing))
+        assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+def test_gradients_of_gradients_that_are_made_of_the_same_tensors():
+    """What the output's gradient is made of counts once."""
+    found = []
+    for call in (partial(attention, settings=Settings(**CHUNKED)), exact):
+        query, key, value = inputs(torch.float64)
+        torch.manual_seed(1)
+        for it in (query, key, value):
+            it.data.normal_()
+        (first,) = torch.autograd.grad(call(query, key, value).pow(3).sum(), query, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (query, key, value), create_graph=True))
+        found[-1] += torch.autograd.grad(found[-1][1].square().sum(), (query, value))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_gradients_where_pytorchs_kernels_are_switched_off():
+    attention_of_torch = pytest.importorskip("torch.nn.attention")
+    found = []
+    for call in (F.scaled_dot_product_attention, attention, sdpa):
+        torch.manual_seed(0)
+        tensors = inputs()
+        with attention_of_torch.sdpa_kernel(attention_of_torch.SDPBackend.MATH):
+            (first,) = torch.autograd.grad(call(*tensors).square().sum(), tensors[0], create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), tensors))
+    for others in found[1:]:
+        for one, other in zip(found[0], others):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("mask", [None, bool_mask], ids=["none", "bool"])
+def test_many_gradients_at_a_time(engine, mask, watched, caplog):
+    tensors, mask = inputs(value_width=4), mask and mask()
+    with unchanged_hooks() if watched else contextlib.nullcontext():
+        output = attention(*tensors, mask=mask, settings=Settings(engine=engine, query_chunk=3))
+        many = torch.randn(4, *output.shape)
+        found = torch.autograd.grad(output, tensors, many, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(output, tensors, one, retain_graph=True) for one in many]
+    for mine, right in zip(found, map(torch.stack, zip(*each))):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
+    assert not caplog.records
 
 
 # ----------------------------------------------------------------------- blocks that torch.utils.checkpoint runs twice
 
 
-def in_a_block(engine, reentrant, fails_at, monkeypatch, error="out of memory"):
-    """Gradients of a checkpointed block whose `fails_at`-th chunk fails; the block's own and attention() of it."""
-    module, calls = order.named(engine), []
+def unchanged_hooks():
+    """Somebody looks at what is kept, and leaves it as it is."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def what_is_kept(call):
+    """(shape, dtype) of all that PyTorch keeps of `call`."""
+    kept = []
+
+    def pack(tensor):
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return kept
+
+
+@pytest.mark.parametrize("mask", [None, bool_mask, float_mask], ids=["none", "bool", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_same_is_kept_whatever_engine_and_sizes(dtype, mask):
+    tensors, mask = inputs(dtype, value_width=4), mask and mask()
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    kept = [
+        what_is_kept(lambda engine=engine, size=size: attention(*tensors, mask=mask, settings=Settings(
+            engine=engine, query_chunk=size)))
+        for engine in order.names() for size in (0, 2, 3)
+    ]  # fmt: skip
+    assert all(other == kept[0] for other in kept) and len(kept[0]) == 5 + (mask is not None)
+
+
+@pytest.mark.parametrize("mask", [None, float_mask], ids=["none", "float"])
+@pytest.mark.parametrize("changes", ["query", "key", "value", "mask", "result", "nothing"])
+def test_a_function_in_the_place_of_pytorchs_that_changes_what_it_is_given(changes, mask, monkeypatch):
+    own = F.scaled_dot_product_attention
+
+    def changing(query, key, value, attn_mask=None, **more):
+        given = {"query": query, "key": key, "value": value, "mask": attn_mask}
+        if given.get(changes) is not None:
+            given[changes] = given[changes] * 2
+        query, key, value, attn_mask = given.values()
+        result = own(query, key, value, attn_mask=attn_mask, **more)
+        return result * 2 if changes == "result" else result
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", changing)
+    tensors, mask = inputs(value_width=4), mask and mask()
+    grad_output = torch.randn(2, 3, 7, 4)
+    for settings in (Settings(), Settings(query_chunk=3)):
+        found = []
+        for hooks in (contextlib.nullcontext, unchanged_hooks):
+            with hooks():
+                found.append(gradients(attention(*tensors, mask=mask, settings=settings), tensors, grad_output))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_held_of_what_somebody_else_keeps():
+    """As `torch.utils.checkpoint` keeps nothing of a block's first run."""
+    tensors = [torch.randn(1, 2, 2048, 8, requires_grad=True) for _ in range(3)]
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+            output = attention(*(it * 2 for it in tensors), settings=Settings(query_chunk=1024))
+    held = sum(event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]")
+    assert held < 1.25 * output.numel() * 4
+
+
+@pytest.mark.parametrize("queries, size", [(4096, 0), (4096, 512), (8192, 256)])
+def test_what_such_a_call_takes_was_planned(queries, size, peak_bytes):
+    tensors = [torch.randn(1, 16, tokens, 8, requires_grad=True) for tokens in (queries, 64, 64)]
+    plans, settings = [], Settings(query_chunk=size)
+
+    def call():
+        with unchanged_hooks():
+            return attention(*tensors, settings=settings, report=plans.append)
+
+    call()
+    assert peak_bytes(call) - tensors[0].numel() * 4 <= plans[0].workspace_bytes
+
+
+def in_a_block(fails, reentrant, monkeypatch, error, layers=1, mask=None, settings=Settings()):
+    """Tensors with gradients of a checkpointed block of equal layers whose chunks number `fails` fail, each once its
+    kernel has run and PyTorch has kept what it wants of it."""
+    module, calls = order.engines()[0], []
+    if settings.engine != "automatic":
+        module = order.named(settings.engine)
     attend = module.attend
 
     def failing(*arguments):
         calls.append(1)
-        if len(calls) == fails_at:
+        result = attend(*arguments)
+        if len(calls) in fails:
             raise RuntimeError(error)
-        return attend(*arguments)
+        return result
+
+    def block(query, key, value):
+        for _ in range(layers):
+            query = attention(query, key, value, mask=mask, settings=settings).sin()
+        return query
 
     monkeypatch.setattr(module, "attend", failing)
-    tensors = [torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(3)]
-    settings = Settings(engine=engine)
-    output = checkpoint(lambda *them: attention(*them, settings=settings).square(), *tensors, use_reentrant=reentrant)
-    output.sum().backward()
+    tensors = [torch.randn(1, 2, 600, 8, requires_grad=True) for _ in range(3)]
+    checkpoint(block, *tensors, use_reentrant=reentrant).sum().backward()
     monkeypatch.undo()
-    return tensors
+    query, key, value = again = [it.detach().clone().requires_grad_() for it in tensors]
+    for _ in range(layers):
+        query = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sin()
+    query.sum().backward()
+    for one, other in zip(tensors, again):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3)
+    return calls
 
 
 @pytest.mark.parametrize("error", ["out of memory", "invalid configuration argument"])
-@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("fails", [(1,), (2,), (3,), (4,), (1, 2), (2, 3)], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("engine", order.names())
-def test_a_block_that_is_run_twice(engine, reentrant, fails_at, error, monkeypatch):
-    last = engine == order.names()[-1]
-    keeps = not reentrant and not last and fails_at == 2  # what PyTorch keeps of the second run must be as in the first
-    refused = last and error != "out of memory"
-    if keeps and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
-        pytest.skip("this PyTorch does not tell that a block is computed again")
-    if keeps or refused:
-        words = (
-            "cannot go on in smaller chunks here: torch.utils.checkpoint computes this block again" if keeps else error
-        )
-        with pytest.raises(RuntimeError, match=words):
-            in_a_block(engine, reentrant, fails_at, monkeypatch, error)
-        return
-    tensors = in_a_block(engine, reentrant, fails_at, monkeypatch, error)
-    again = [it.detach().clone().requires_grad_() for it in tensors]
-    torch.nn.functional.scaled_dot_product_attention(*again).square().sum().backward()
-    for one, other in zip(tensors, again):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3)
+def test_a_block_that_is_run_twice(engine, reentrant, fails, error, monkeypatch):
+    """In its first run or its second, in one layer or another that is like it."""
+    for layers in (1, 2):
+        for size in (0, 200):
+            forget()
+            in_a_block(fails, reentrant, monkeypatch, error, layers, None, Settings(engine=engine, query_chunk=size))
+
+
+def test_a_block_with_a_mask_that_is_run_twice(monkeypatch):
+    for mask in (torch.rand(600, 600) > 0.3, torch.randn(2, 600, 600)):
+        for fails in (1, 2, 3):
+            forget()
+            in_a_block([fails], False, monkeypatch, "out of memory", 2, mask)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="newer: that a block is computed again"
+)
+def test_scores_that_were_kept_the_first_time(monkeypatch):
+    settings = Settings(engine=order.names()[-1], checkpointing="never")
+    with pytest.raises(RuntimeError, match="torch.utils.checkpoint computes this block again") as raised:
+        in_a_block([2], False, monkeypatch, "out of memory", settings=settings)
+    assert "Leave checkpointing to 'automatic'" in str(raised.value)
+
+
+@pytest.mark.parametrize("error", ["out of memory", "no such kernel"])
+def test_a_kernel_that_fails_in_the_backward_pass_of_a_block(error, monkeypatch):
+    """Another engine goes on from the same numbers, at once the next time."""
+    failed = []
+
+    def failing(*arguments):
+        failed.append(1)
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(recorded.Record, "gradients", failing)
+    tensors = inputs(value_width=4)
+    for _ in range(2):
+        same_as_exact(
+            tensors, call=lambda *given, mask, settings: checkpoint(
+                lambda *them: attention(*them, settings=settings), *given, use_reentrant=False
+            ), engine="automatic", kv_chunk=0,
+        )  # fmt: skip
+    assert len(failed) == 1
+
+
+@pytest.mark.parametrize("kept", ["products", "all"])
+@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("checkpointing", ["automatic", "never"])
+def test_a_block_of_whose_operators_some_are_kept(engine, kept, checkpointing):
+    """The results that our loops write over are none to be kept."""
+    contexts = getattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts", None)
+    if contexts is None:
+        pytest.skip("selective checkpoints are newer")
+    aten = torch.ops.aten
+    policy = [aten.bmm.default, aten.bmm.out, aten.baddbmm.default, aten.baddbmm.out, aten.baddbmm_.default]
+    if kept == "all":
+
+        def policy(*arguments, **more):
+            return torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+
+    def call(*given, mask, settings):
+        return checkpoint(
+            lambda *them: attention(*them, mask=mask, settings=settings).clone(), *given,
+            use_reentrant=False, context_fn=lambda: contexts(policy),
+        )  # fmt: skip
+
+    for mask in (None, bool_mask()):
+        chunks = {"query_chunk": 3, "kv_chunk": 64 if engine == order.names()[-1] else 0}
+        same_as_exact(inputs(value_width=4), mask, call=call, engine=engine, checkpointing=checkpointing, **chunks)

@@ -342,6 +342,54 @@ def test_a_mask_that_is_a_class_of_its_own(monkeypatch, in_its_place):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_such_a_mask_is_none_for_attention():
+    """Whether a plain one of its sizes came before or not."""
+    biases = pytest.importorskip("torch.nn.attention.bias")
+    query, (key, value) = torch.randn(1, 2, 10, 8), torch.randn(2, 1, 2, 13, 8)
+    for bias in (biases.causal_upper_left(10, 13), biases.causal_lower_right(10, 13)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"mask is a CausalBias; expected a plain tensor .*sdpa\(\)"):
+                attention(query, key, value, mask=bias)
+            attention(query, key, value, mask=torch.zeros(10, 13))
+
+
+class Named(torch.Tensor):
+    """A tensor with its numbers."""
+
+
+@pytest.mark.parametrize("make", [Named, torch.nn.Parameter])
+def test_a_mask_of_a_class_that_has_its_numbers(make):
+    query, (key, value) = torch.randn(1, 2, 10, 8), torch.randn(2, 1, 2, 13, 8)
+    mask = torch.randn(10, 13)
+    with torch.no_grad():
+        found = attention(query, key, value, mask=make(mask))
+    torch.testing.assert_close(torch.Tensor(found), attention(query, key, value, mask=mask), atol=1e-5, rtol=1e-4)
+
+
+class Model(torch.nn.Module):
+    def forward(self, query, key, value, mask: torch.Tensor | None = None):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_program_of_torch_jit_has_pytorchs_operator(monkeypatch, tmp_path, how):
+    given, mask = torch.randn(3, 1, 2, 20, 8).unbind(), torch.randn(20, 20)
+    expected = Model()(*given), Model()(*given, mask)
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", sdpa)
+        if how == "script":
+            program = torch.jit.script(Model())
+        else:
+            program = torch.jit.trace(Model(), (*given, mask))
+        torch.jit.save(program, tmp_path / "program.pt")
+    program = torch.jit.load(tmp_path / "program.pt")
+    assert "aten::scaled_dot_product_attention" in str(program.inlined_graph)
+    torch.testing.assert_close(program(*given, mask), expected[1])
+    if how == "script":
+        torch.testing.assert_close(program(*given), expected[0])
+
+
 @pytest.mark.parametrize("layout", ["strided", "jagged"])
 def test_nested_tensors_are_pytorchs(layout):
     if not hasattr(torch, layout):

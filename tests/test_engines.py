@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,24 @@ def test_the_user_may_choose_it_and_leave_it(plain):
         Settings(engine="fancy")
 
 
+@pytest.mark.parametrize("says", ["no such kernel", "out of memory"])
+@pytest.mark.parametrize("before", [None, 0], ids=["last", "first"])
+def test_one_that_the_user_chose_gives_way_when_it_runs_as_when_it_is_planned(says, before):
+    """Wherever it is registered, and with a reason that is said."""
+    engine = Plain()
+    engine.attend = lambda *arguments: (_ for _ in ()).throw(RuntimeError(says))
+    order.register(engine, before=None if before is None else order.names()[before])
+    try:
+        made, _ = computed(Settings(engine="plain"))
+        again, _ = computed(Settings(engine="plain"))
+    finally:
+        order.withdraw(engine.NAME)
+    assert made.engine == again.engine == order.names()[0]
+    assert (
+        says.replace("out of memory", "out-of-memory") in made.reasons[-1] and "out-of-memory" not in again.reasons[0]
+    )
+
+
 def test_an_inexact_one_is_taken_only_when_it_is_asked_for(plain, monkeypatch):
     monkeypatch.setattr(Plain, "EXACT", False)
     assert computed()[0].engine == order.names()[1]
@@ -239,22 +258,54 @@ def test_an_engine_has_a_name_of_its_own(plain):
 # ------------------------------------------------------------------------------------------- who may name an engine
 
 
-def names_of_engines(file: Path) -> list[str]:
-    """Names of engines that the code of a file uses: as a name, as an attribute, or as a whole text."""
+def names_of_engines(code: str) -> list[str]:
+    """Names of engines that code uses: as any name of its own, in an import, or in a text that is no sentence."""
     found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Name):
-            found.append(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.append(node.attr)
-        elif isinstance(node, ast.alias):
-            found += node.name.split(".")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
+    for node in ast.walk(ast.parse(code)):
+        for field in ("id", "attr", "arg", "module", "name", "asname", "names", "kwd_attrs"):
+            value = getattr(node, field, None)
+            for name in value if isinstance(value, list) else [value]:
+                found += name.split(".") if isinstance(name, str) else []
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = re.split(r"[\s,;|/]+", node.value)
+            if len(words) == 1 or set(words) <= {*order.names(), "automatic", ""}:
+                found += [part for word in words for part in word.split(".")]
     return [name for name in found if name in order.names()]
+
+
+PLANTED = [
+    "plan.engine == 'NAME'",
+    "f'{x}' + f'NAME'",
+    "engines = 'automatic, NAME'.split(', ')",
+    "from .engines import NAME",
+    "from .engines.NAME import attend",
+    "from .engines.NAME.attend import scaled as other",
+    "import lib_subquad.engines.NAME.sizes",
+    "engines.NAME.attend()",
+    "NAME = 1",
+    "def NAME(): pass",
+    "class A:\n    def NAME(self): pass",
+    "call(NAME=1)",
+    "lambda NAME: 1",
+    "{'NAME': 1}",
+    "match x:\n    case 'NAME': pass",
+    "getattr(engines, 'NAME')",
+    "import_module('lib_subquad.engines.NAME')",
+]
+
+
+@pytest.mark.parametrize("code", PLANTED)
+def test_a_name_that_is_planted_is_found(code):
+    for name in order.names():
+        assert names_of_engines(code.replace("NAME", name))
+    assert not names_of_engines(code.replace("NAME", "another"))
+
+
+def test_words_for_the_user_may_name_engines():
+    assert not names_of_engines(f"'''{order.names()[0]} is fastest; {order.names()[-1]} runs everywhere'''")
 
 
 def test_no_engine_is_named_outside():
     files = [file for file in LIBRARY.rglob("*.py") if (LIBRARY / "engines") not in file.parents]
-    assert names_of_engines(LIBRARY / "engines" / "order.py")  # or this looks at nothing
-    assert {file.name: names for file in files if (names := names_of_engines(file))} == {}
+    found = {file.name: names_of_engines(file.read_text(encoding="utf-8")) for file in files}
+    assert len(found) > 30 and {name: names for name, names in found.items() if names} == {}

@@ -88,6 +88,18 @@ def test_it_is_remembered_for_that_problem_until_told_to_forget(first, caplog):
     assert computed()[0].engine == names()[0]
 
 
+def test_it_is_remembered_for_pytorchs_switches_as_they_were(first, monkeypatch):
+    """With others PyTorch has another kernel."""
+    state = ["flash"]
+    monkeypatch.setattr(devices, "_SWITCHES", [lambda: state[0]])
+    first(always=False)
+    assert computed()[0].engine == names()[1]
+    state[0] = "memory-efficient"
+    assert computed()[0].engine == names()[0]
+    state[0] = "flash"
+    assert computed()[0].engine == names()[1]
+
+
 def test_it_is_remembered_after_an_out_of_memory_too(monkeypatch):
     """Whose plan was remembered before."""
     engine = order.engines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -247,6 +248,49 @@ def test_the_smaller_size_is_remembered_until_memory_has_grown(monkeypatch, capl
     other = attention(query[..., :200, :], key, value, settings=Settings(engine="portable"), report=plans.append)
     assert plans[-1].retries == 0 and other.shape[2] == 200  # another shape remembers for itself
     assert len(caplog.records) == 1
+
+
+def failing_once(monkeypatch, engine):
+    """Memory runs out at the engine's first chunk; returns the sizes of all."""
+    attend, sizes = engine.attend, []
+
+    def failing(*arguments):
+        sizes.append(arguments[1])
+        if len(sizes) == 1:
+            raise RuntimeError("out of memory")
+        return attend(*arguments)
+
+    monkeypatch.setattr(engine, "attend", failing)
+    return sizes
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_call_that_is_planned_while_another_finds_smaller_sizes(monkeypatch, grad):
+    """Between what that one forgets and what it remembers."""
+    query, key, value = torch.randn(3, 1, 2, 512, 8).requires_grad_(grad)
+    call = partial(attention, query, key, value, settings=Settings(engine=order.names()[-1]))
+    sizes = failing_once(monkeypatch, order.engines()[-1])
+
+    def another(device):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(devices, "release_cached", another)
+    call()
+    plans = []
+    call(report=plans.append)
+    assert plans[0].sizes == sizes[2] != sizes[0]
+
+
+def test_smaller_sizes_are_remembered_for_pytorchs_switches_as_they_were(monkeypatch):
+    state = ["flash"]
+    monkeypatch.setattr(devices, "_SWITCHES", [lambda: state[0]])
+    failing_once(monkeypatch, order.engines()[0])
+    plans = []
+    for state[0] in ("flash", "flash", "memory-efficient", "flash"):
+        attention(*torch.randn(3, 1, 2, 1024, 8), report=plans.append)
+    assert [made.query_chunk < 1024 for made in plans] == [True, True, False, True]
 
 
 def test_what_is_remembered_gives_way_to_a_limit_below_it(monkeypatch):

@@ -110,6 +110,58 @@ def test_a_program_of_jit_trace_takes_other_sizes_than_it_saw(settings):
     close(program(*given), F.scaled_dot_product_attention(*given), atol=1e-6, rtol=1e-5)
 
 
+WRONG = {
+    "width": ([(1, 2, 9, 8), (1, 2, 9, 7), (1, 2, 9, 8)], {}),
+    "heads": ([(1, 2, 9, 8), (1, 3, 9, 8), (1, 3, 9, 8)], {}),
+    "keys": ([(1, 2, 9, 8), (1, 2, 9, 8), (1, 2, 10, 8)], {}),
+    "no keys": ([(1, 2, 9, 8), (1, 2, 0, 8), (1, 2, 0, 8)], {}),
+    "no width": ([(1, 2, 9, 0)] * 3, {}),
+    "dimensions": ([(8,), (9, 8), (9, 8)], {}),
+    "mask": ([(1, 2, 9, 8)] * 3, {"mask": (3, 4)}),
+    "mask's dtype": ([(1, 2, 9, 8)] * 3, {"mask": (9, 9), "mask_dtype": torch.int64}),
+    "dtype": ([(1, 2, 9, 8)] * 3, {"dtype": torch.int64}),
+    "key's dtype": ([(1, 2, 9, 8)] * 3, {"key_dtype": torch.float16}),
+    "settings": ([(1, 2, 9, 8)] * 3, {"settings": {"query_chunk": 5}}),
+    "no tensor": ([(1, 2, 9, 8), None, (1, 2, 9, 8)], {}),
+}
+
+
+def complaint(shapes, mask=None, mask_dtype=None, dtype=None, key_dtype=None, settings=Settings(), through=None):
+    tensors = [None if shape is None else torch.ones(shape, dtype=dtype) for shape in shapes]
+    if key_dtype is not None:
+        tensors[1] = tensors[1].to(key_dtype)
+    mask = None if mask is None else torch.ones(mask, dtype=mask_dtype)
+    call = through or (lambda call, *given: call(*given))
+    with pytest.raises(ValueError) as raised:
+        call(lambda *given: attention(*given, mask=mask, settings=settings), *tensors)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_makes_no_attention_is_said_in_the_same_words(wrong):
+    shapes, more = WRONG[wrong]
+    expected = complaint(shapes, **more)
+    with fake():
+        assert complaint(shapes, **more) == expected
+    if hasattr(torch, "func") and None not in shapes:
+        many = [(4, *shape) for shape in shapes]
+        assert complaint(many, **more, through=lambda call, *given: torch.func.vmap(call)(*given)) == expected
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(engine=order.names()[-1])], ids=["first", "last"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_derivatives_in_forward_mode(settings, grad):
+    query, key, value = tensors(1, 2)
+    tangent = torch.randn_like(query)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query.requires_grad_(grad), tangent)
+        found = torch.autograd.forward_ad.unpack_dual(attention(dual, key, value, settings=settings)).tangent
+    _, expected = torch.autograd.functional.jvp(
+        lambda it: (it @ key.mT * 8**-0.5).softmax(-1) @ value, query.detach(), tangent
+    )
+    close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------------- torch.func
 
 

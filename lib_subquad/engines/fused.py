@@ -97,7 +97,10 @@ def kept_bytes(problem: Problem, sizes: Sizes) -> None:
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    return call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
+    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
+    if problem.grad:  # in a block that is run twice two numbers a row are kept, and made of a third
+        total += problem.batch * problem.heads * problem.queries * 3 * item_bytes(devices.compute_dtype(problem.dtype))
+    return total
 
 
 def _attend_bytes(problem: Problem, queries: int) -> int:

@@ -113,6 +113,27 @@ def header_file(path: Path, shapes: dict[str, list[int]]) -> Path:
     return path
 
 
+# ---------------------------------------------------------------------------------------------------- without PyTorch
+
+
+@pytest.mark.parametrize("arguments", [[], ["plan", "--help"]], ids=" ".join)
+def test_without_pytorch_it_says_so(arguments):
+    done = without_packages("-m", "lib_subquad", *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("lib_subquad needs PyTorch (torch), which ") and done.stderr.count("\n") == 1
+
+
+def test_a_program_without_pytorch_gets_its_exception():
+    done = without_packages("-c", "try: import lib_subquad\nexcept ModuleNotFoundError as error: print(error.name)")
+    assert done.returncode == 0 and done.stdout == "torch\n"
+
+
+def without_packages(*arguments) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", *arguments]  # whatever is installed is not found
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
 # -------------------------------------------------------------------------------------------------- where nobody reads
 
 
