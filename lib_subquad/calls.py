@@ -84,5 +84,6 @@ def _planned(problem: Problem, settings: Settings) -> Call:
     reading = memory.reading(problem.device, problem.grad)
     plan = retry.plan_for(problem, settings, reading.bytes)
     engine = order.named(plan.engine)
-    at_once = plan.query_chunk >= problem.queries > 0 and (engine.DIFFERENTIABLE or not problem.grad)
+    whole = engine.rows_at_once(problem, plan.sizes) >= problem.queries > 0
+    at_once = whole and (engine.DIFFERENTIABLE or not problem.grad)
     return Call(problem, plan, engine if at_once else None, reading)

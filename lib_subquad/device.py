@@ -24,8 +24,8 @@ class Rules:
 
     `largest_elements` and `largest_bytes` bound every tensor a call makes; None means that only memory does.
     `tile_bytes` is the size of score buffer that automatic sizes aim for, and `kv_tile` its width in keys;
-    `least_tile_bytes` the smallest that is still efficient, for each thread of a CPU: no count of free memory alone
-    leads to a smaller one.
+    `least_tile_bytes` the smallest that is still efficient: no count of free memory alone leads to a smaller one. Both
+    are for each thread where `threads_share`: the threads of the portable engine's own then work on tiles of their own.
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
     """
 
@@ -38,6 +38,7 @@ class Rules:
     least_tile_bytes: int = 16 * MIB
     kv_tile: int = 4096
     lazy_maximum: bool = False
+    threads_share: bool = False
 
     @property
     def keeps_scores(self) -> bool:
@@ -46,10 +47,10 @@ class Rules:
 
 
 RULES = {
-    # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: a 4 MiB buffer
-    # stays in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again. With 1 MiB, 256
+    # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: buffers of 2 MiB
+    # stay in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again. With 1 MiB, 256
     # queries x 512 keys x 2 heads, calls took 1.05-1.4 times as long there; on 16 cores up to 4.5 times.
-    "cpu": Rules(tile_bytes=4 * MIB, least_tile_bytes=MIB // 2, kv_tile=512, lazy_maximum=True),
+    "cpu": Rules(tile_bytes=2 * MIB, least_tile_bytes=3 * MIB // 4, kv_tile=512, lazy_maximum=True, threads_share=True),
     # Tiles on accelerators: large enough that launching a kernel (about 10 us) is lost beside computing one, small
     # enough to fit a 4 GB card. Measured on an H100 only, where launching weighs most: 16 MiB takes 1.2-1.85 times as
     # long as 128, 8 MiB 1.6-3.2 times, 512 MiB 0.8-0.97 times.
@@ -110,9 +111,14 @@ _SWITCHES = [
 ]
 
 
-def least_tile_bytes(device: torch.device) -> int:
-    """The smallest buffer of scores that is still efficient, with as many threads as there are."""
-    return rules(device).least_tile_bytes * (torch.get_num_threads() if device.type == "cpu" else 1)
+def threads(device: torch.device) -> int:
+    """How many threads may share a call, each with a tile of its own."""
+    return torch.get_num_threads() if rules(device).threads_share else 1
+
+
+def tile_bytes(device: torch.device, least: bool = False) -> int:
+    """The buffers of scores that automatic sizes aim for, all threads' together; or the `least` that is efficient."""
+    return (rules(device).least_tile_bytes if least else rules(device).tile_bytes) * threads(device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

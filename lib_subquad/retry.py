@@ -185,11 +185,17 @@ class Chunks(Attempts):
         start, one_node = 0, self.one_node
         self.records: list[recorded.Record] = []
         while start < self.problem.queries and self.one_node == one_node:
-            stop = min(start + self.plan.query_chunk, self.problem.queries)
+            stop = min(start + self._rows_at_once, self.problem.queries)
             self.pending = True
             yield slice(start, stop)
             if not self.pending:
                 start = stop
+
+    @property
+    def _rows_at_once(self) -> int:
+        if self.plan.keeps_scores:
+            return self.plan.query_chunk
+        return order.named(self.plan.engine).rows_at_once(self.problem, self.plan.sizes)
 
 
 def halved(problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> Plan | None:

@@ -49,6 +49,9 @@ class Plain:
     def taking_over(self, problem, sizes):
         return Sizes(sizes.queries, problem.keys, problem.heads)
 
+    def rows_at_once(self, problem, sizes):
+        return sizes.queries
+
     def least_bytes(self, problem, settings):
         return 0
 

@@ -78,6 +78,7 @@ def test_scores_that_cannot_be_kept_are_recomputed():
 
 
 def test_what_is_written_stays(monkeypatch):
+    monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], threads_share=False))
     query, key, value = (torch.randn(1, 2, tokens, 8) for tokens in (64, 256, 256))
     attend, rows = portable.attend, []
 

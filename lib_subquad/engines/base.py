@@ -50,6 +50,10 @@ class Engine(Protocol):
         """What to begin with where another engine, whose `sizes` these are, could not go on."""
 
     @staticmethod
+    def rows_at_once(problem: Problem, sizes: Sizes) -> int:
+        """How many queries `attend` is given: those of `sizes`, or more where it divides them itself."""
+
+    @staticmethod
     def least_bytes(problem: Problem, settings: Settings) -> int:
         """What the smallest call takes that is still efficient: no limit goes below it until memory really runs out."""
 
@@ -65,7 +69,7 @@ class Engine(Protocol):
     def attend(
         problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor | None]:
-        """One query chunk.
+        """One query chunk, or several at once.
 
         Args:
             query: [batch, heads, query chunk, width], `key` and `value` [batch, heads, keys, width], any strides.

@@ -18,6 +18,7 @@ from .capture import capture
 from .measure import Job, Measurement, measure
 from .peers import PEERS, REFERENCE
 from .peers import find as find_peer
+from .process import busy_programs
 from .results import Result, find, geometric_mean, measure_interleaved
 from .shapes import DEFAULT, SHAPE_HELP, Shape, parse_shape
 
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="peaky: queries and keys five times as large, so that most weights underflow (default: %(default)s)",
     )
     cli.add_measuring_arguments(parser, repeats=5, timeout=600)
+    parser.add_argument(
+        "--busy",
+        type=cli.positive,
+        default=0,
+        metavar="N",
+        help="run N other programs meanwhile, each of which keeps a core busy (default: none)",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--training", action="store_true", help="measure the forward and backward pass")
     what.add_argument(
@@ -87,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.busy and (args.calm is not None or args.overhead):
+        raise cli.UserError(f"--busy has no meaning with --{'overhead' if args.overhead else 'calm'}")
     if args.overhead:
         print(f"{overhead.report(overhead.measured(args.device))}\n\n`{command()}`")
         return 0
@@ -109,13 +119,14 @@ def run(args: argparse.Namespace) -> int:
             defaults = LAYER_SHAPES if args.layer else DEFAULT
             captured = dict.fromkeys(args.shape or map(parse_shape, defaults))
         before = cli.environment(args.device, args.threads)
-        results, complete = _measure_all(args, captured, peers)
+        with busy_programs(args.busy):
+            results, complete = _measure_all(args, captured, peers)
     record = {
         "command": command(),
         **before,
         "others": others(results),
         "load_after": cli.load(),
-        **{name: getattr(args, name) for name in ("dtype", "scores", "repeats")},
+        **{name: getattr(args, name) for name in ("dtype", "scores", "repeats", "busy")},
         "mode": _mode(args),
         "results": [result.as_json() for result in results],
     }
@@ -184,6 +195,8 @@ def heading(record: dict) -> str:
     parts = [what[record["mode"]], record["dtype"]]
     if record["scores"] != "normal":
         parts.append(f"{record['scores']} scores")
+    if record.get("busy"):
+        parts.append(f"beside {record['busy']} busy program{'s' * (record['busy'] > 1)}")
     threads = f", {record['threads']} thread{'s' * (record['threads'] > 1)}" if record["threads"] else ""
     return f"{', '.join(parts)}; {record['device']}{threads}, torch {record['torch']}"
 

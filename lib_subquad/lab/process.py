@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
 
 
 class Failed(Exception):
@@ -40,6 +41,18 @@ def ask(module: str, question: dict, timeout: float | None = None) -> dict:
     with contextlib.suppress(ValueError, IndexError):
         return json.loads(done.stdout.splitlines()[-1])
     raise Failed(_why(done.returncode, done.stderr))
+
+
+@contextlib.contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """So many other programs run meanwhile, each of which keeps a core busy."""
+    programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def serve(answer: Callable[[dict], dict]) -> None:

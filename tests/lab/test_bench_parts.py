@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
-from lib_subquad.lab import bench, growth, measure, peers, plot, results, tables
+from lib_subquad.lab import bench, growth, measure, peers, plot, process, results, tables
 from lib_subquad.lab.measure import Job, Measurement
 from lib_subquad.lab.results import Result
 from lib_subquad.lab.shapes import DEFAULT, Shape, parse_shape
@@ -303,6 +305,7 @@ def test_the_report_compares_shape_by_shape_and_over_all():
     }
     text = bench.report(record, found, ["sdpa"])
     assert "peaky scores; a device, 2 threads, torch 2.13" in text
+    assert "beside 2 busy programs" in bench.heading(record | {"busy": 2}) and "busy" not in bench.heading(record)
     assert "took 0% to 30% of the processors" in text and "load average 1.5 before, 2.5 after" in text
     assert "python -m lib_subquad bench" in text
     summary = text[text.index("all shapes") :]
@@ -378,6 +381,18 @@ def test_the_calmest_counts_where_it_is_never_calm(monkeypatch):
     found = measure.measure(Job("sdpa", SMALL), calm=0.1)
     assert found.others == 0.5 and found.tries == measure.CALM_TRIES
     assert len(list(turns)) == 22 - measure.CALM_TRIES
+
+
+def test_busy_programs_run_meanwhile_and_no_longer():
+    me = psutil.Process()
+    before = set(me.children())
+    with pytest.raises(KeyboardInterrupt), process.busy_programs(2):
+        programs = set(me.children()) - before
+        assert len(programs) == 2
+        while not all(sum(program.cpu_times()[:2]) > 0.05 for program in programs):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert not programs & set(me.children())
 
 
 def test_overhead_measures_every_case_on_one_thread(capsys):

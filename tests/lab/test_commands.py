@@ -105,6 +105,8 @@ def test_ctrl_c_keeps_what_was_measured(checkpoint, tmp_path):
         (["lab", "--checkpoint", "CHECKPOINT", "--device", "gameboy"], "cannot be used"),
         (["lab", "--checkpoint", "CHECKPOINT", "--plot", "no/such/folder.png"], "there is no folder"),
         (["lab", "--checkpoint", "CHECKPOINT", "--query-chunk", "-5"], "query_chunk"),
+        (["bench", "--busy", "2", "--calm", "8"], "--busy has no meaning with --calm"),
+        (["bench", "--busy", "1", "--overhead"], "--busy has no meaning with --overhead"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_words(checkpoint, arguments, words):

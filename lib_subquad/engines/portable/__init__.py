@@ -8,7 +8,7 @@ from ...problem import Problem
 from .attend import attend
 from .attend import attend_keeping_scores as attend_traced
 from .gradients import gradients
-from .sizes import fitting, kept_bytes, least_bytes, smaller, taking_over, workspace_bytes
+from .sizes import fitting, kept_bytes, least_bytes, rows_at_once, smaller, taking_over, workspace_bytes
 
 __all__ = [
     "attend",
@@ -17,6 +17,7 @@ __all__ = [
     "kept_bytes",
     "least_bytes",
     "fitting",
+    "rows_at_once",
     "smaller",
     "taking_over",
     "why_not",

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ... import device as devices
 from ...problem import Problem
-from ...tensors import new_output
+from ...tensors import new_output, rows_of
 from ..base import Sizes
+from . import workers
+from .sizes import Group, Piece, pieces, shares
 
 LOG2_E = math.log2(math.e)
 # Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
@@ -40,15 +42,21 @@ def attend(
     # Scores are scaled once their maximum has been subtracted: no pass over the queries, no rounding of them. That
     # needs a positive scale, and a mask that adds to scores needs them scaled before.
     late = scale if scale > 0 and (mask is None or mask.dtype == torch.bool) else 1.0
-    scores = score_buffer(query, key, sizes)
     lazy = devices.rules(query.device).lazy_maximum and mask is None and sizes.keys < key.shape[2]
-    for index in head_groups(batch, heads, sizes.heads):
-        group = scaled(query[index], scale / late)
-        parts = key_parts(key[index], value[index], None if mask is None else group_of(mask, index), sizes.keys)
-        weighted, total, maximum, lazy = fold(group, parts, late, scores, lazy)
-        divide(weighted, total, mask is not None, output[index])
-        if statistics is not None:
-            torch.cat((maximum.mul_(late), total), dim=-1, out=statistics[index])
+    threads, each = shares(batch, heads, queries, sizes, workers.available(query, key, value))
+
+    def attend_pieces(mine: Iterator[Piece]) -> None:
+        scores = score_buffer(query, key, each)
+        for index, rows in mine:
+            group = scaled(query[index][:, rows], scale / late)
+            group_mask = None if mask is None else rows_of(group_of(mask, index), rows)
+            parts = key_parts(key[index], value[index], group_mask, each.keys)
+            weighted, total, maximum = fold(group, parts, late, scores, lazy)
+            divide(weighted, total, mask is not None, output[index][:, rows])
+            if statistics is not None:
+                torch.cat((maximum.mul_(late), total), dim=-1, out=statistics[index][:, rows])
+
+    workers.share(pieces(batch, heads, queries, each), attend_pieces, threads)
     return output, statistics
 
 
@@ -66,17 +74,15 @@ def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     return torch.matmul(weights, value.to(compute)).to(value.dtype)
 
 
-def fold(
-    query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: bool
-) -> tuple[Tensor, Tensor, Tensor, bool]:
+def fold(query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Fold one group of heads, query [heads, queries, width], over all key parts.
 
     `lazy` takes the maximum seen so far for a part's own, which saves a pass over its scores. Exact as long as no sum
-    overflows; one that does, or scores spread so far that exponentials underflow, ends it for the rest of the call.
+    overflows; one that does, or scores spread so far that exponentials underflow, ends it for the rest of the group.
 
     Returns:
         The weighted sum of values [heads, queries, value width], the sum of weights and the maximum score, both
-        [heads, queries, 1], and whether being lazy still pays.
+        [heads, queries, 1].
     """
     maximum = total = weighted = None
     for key, value, mask in parts:
@@ -108,7 +114,7 @@ def fold(
         else:
             total += sums
             weighted.baddbmm_(weights, value)
-    return weighted, total, maximum, lazy
+    return weighted, total, maximum
 
 
 def divide(weighted: Tensor, total: Tensor, masked: bool, output: Tensor) -> None:
@@ -168,14 +174,7 @@ def shaped(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
 
-def head_groups(batch: int, heads: int, size: int) -> Iterator[tuple[int, slice]]:
-    """Indices of groups of at most `size` heads; a group never spans two batch entries, so that it stays a view."""
-    for entry in range(batch):
-        for start in range(0, heads, size):
-            yield entry, slice(start, start + size)
-
-
-def group_of(mask: Tensor, index: tuple[int, slice]) -> Tensor:
+def group_of(mask: Tensor, index: Group) -> Tensor:
     """The part [heads or 1, queries or 1, keys or 1] of a mask that belongs to a group of heads."""
     entry, heads = index
     mask = mask[0 if mask.shape[0] == 1 else entry]

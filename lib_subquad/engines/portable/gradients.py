@@ -21,7 +21,9 @@ from torch import Tensor
 from ... import device as devices
 from ...tensors import rows_of
 from ..base import Sizes
-from .attend import exp_, group_of, head_groups, key_parts, scaled, score, score_buffer, shaped
+from . import workers
+from .attend import exp_, group_of, key_parts, scaled, score, score_buffer, shaped
+from .sizes import Group, head_groups, shares, slices
 
 
 def gradients(
@@ -42,38 +44,78 @@ def gradients(
     grad_query, grad_key, grad_value, grad_mask = sums = [
         torch.zeros_like(tensor, dtype=compute) if needed else None for tensor, needed in zip(tensors, wanted)
     ]
-    scores, products = score_buffer(query, key, sizes), score_buffer(query, key, sizes)
-    for index in head_groups(*query.shape[:2], sizes.heads):
-        for start in range(0, query.shape[2], sizes.queries):
-            rows = (*index, slice(start, start + sizes.queries))
-            maximum, total = statistics[rows].split(1, dim=-1)
-            # A row that attended to nothing has weights of zero, whatever its scores.
-            maximum, total = (tensor.masked_fill(total == 0, math.inf) for tensor in (maximum, total))
-            queries, grads = scaled(query[rows], scale), scaled(grad_output[rows], 1.0) / total
-            row_sums = (grads * output[rows]).sum(-1, keepdim=True)
-            row_mask = None if mask is None else rows_of(group_of(mask, index), rows[-1])
-            for part, (keys, values, part_mask) in _parts(key[index], value[index], row_mask, sizes.keys):
-                tile = (*queries.shape[:2], keys.shape[1])
-                weights = score(queries, keys, part_mask, shaped(scores, tile)).sub_(maximum)
-                exp_(weights, underflows=mask is None)
-                if grad_value is not None:
-                    grad_value[index][:, part].baddbmm_(weights.transpose(1, 2), grads)
-                if grad_query is None and grad_key is None and grad_mask is None:
-                    continue
-                grad_scores = torch.bmm(grads, values.transpose(1, 2), out=shaped(products, tile))
-                grad_scores.sub_(row_sums).mul_(weights)
-                if grad_query is not None:
-                    grad_query[rows].baddbmm_(grad_scores, keys, alpha=scale)
-                if grad_key is not None:
-                    grad_key[index][:, part].baddbmm_(grad_scores.transpose(1, 2), queries)
-                if grad_mask is not None:
-                    target = rows_of(group_of(grad_mask, index), rows[-1])
-                    target = target if target.shape[-1] == 1 else target[..., part]
-                    target += grad_scores.sum_to_size(target.shape)
+    batch, heads, queries, _ = query.shape
+    # The gradient of a mask may be a sum over all heads, which no two threads can add to.
+    threads = 1 if grad_mask is not None else workers.available(query, key, value)
+    threads, each = shares(batch, heads, queries, sizes, threads)
+    all_keys = slice(0, key.shape[2])
+
+    def add(index: Group, rows: slice, keys: slice, grad_queries: Tensor | None, tiles: Sequence[Tensor]) -> None:
+        """What these rows and keys of a group of heads give."""
+        here = (*index, rows)
+        maximum, total = statistics[here].split(1, dim=-1)
+        # A row that attended to nothing has weights of zero, whatever its scores.
+        maximum, total = (tensor.masked_fill(total == 0, math.inf) for tensor in (maximum, total))
+        asking, grads = scaled(query[here], scale), scaled(grad_output[here], 1.0) / total
+        row_sums = (grads * output[here]).sum(-1, keepdim=True)
+        row_mask = None if mask is None else rows_of(group_of(mask, index), rows)
+        for part, (asked, values, part_mask) in _parts(key[index], value[index], row_mask, keys, each.keys):
+            tile = (*asking.shape[:2], asked.shape[1])
+            weights = score(asking, asked, part_mask, shaped(tiles[0], tile)).sub_(maximum)
+            exp_(weights, underflows=mask is None)
+            if grad_value is not None:
+                grad_value[index][:, part].baddbmm_(weights.transpose(1, 2), grads)
+            if grad_query is None and grad_key is None and grad_mask is None:
+                continue
+            grad_scores = torch.bmm(grads, values.transpose(1, 2), out=shaped(tiles[1], tile))
+            grad_scores.sub_(row_sums).mul_(weights)
+            if grad_queries is not None:
+                grad_queries.baddbmm_(grad_scores, asked, alpha=scale)
+            if grad_key is not None:
+                grad_key[index][:, part].baddbmm_(grad_scores.transpose(1, 2), asking)
+            if grad_mask is not None:
+                target = rows_of(group_of(grad_mask, index), rows)
+                target = target if target.shape[-1] == 1 else target[..., part]
+                target += grad_scores.sum_to_size(target.shape)
+
+    def tiles() -> tuple[Tensor, Tensor]:
+        return score_buffer(query, key, each), score_buffer(query, key, each)
+
+    def add_groups(mine: Iterator[Group]) -> None:
+        buffers = tiles()
+        for index in mine:
+            for rows in slices(queries, each.queries):
+                add(index, rows, all_keys, None if grad_query is None else grad_query[(*index, rows)], buffers)
+
+    def add_rows(index: Group, rows: slice) -> None:
+        """Threads share the keys, and each range of them has a gradient of the queries of its own."""
+
+        def add_keys(mine: Iterator[tuple[slice, Tensor | None]]) -> None:
+            buffers = tiles()
+            for keys, grad_queries in mine:
+                add(index, rows, keys, grad_queries, buffers)
+
+        ranges = list(slices(key.shape[2], -(-key.shape[2] // (each.keys * threads)) * each.keys))
+        given = [None if grad_query is None else torch.zeros_like(grad_query[(*index, rows)]) for _ in ranges]
+        workers.share(zip(ranges, given), add_keys, threads)
+        for grad_queries in given if grad_query is not None else ():
+            grad_query[(*index, rows)] += grad_queries
+
+    groups = list(head_groups(batch, heads, each.heads))
+    if len(groups) >= threads:
+        workers.share(groups, add_groups, threads)
+    else:
+        for index in groups:
+            for rows in slices(queries, each.queries):
+                add_rows(index, rows)
     return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(sums, tensors)]
 
 
-def _parts(key: Tensor, value: Tensor, mask: Tensor | None, size: int) -> Iterator[tuple[slice, tuple]]:
-    """Key parts with the slice of keys that each covers."""
-    for number, tensors in enumerate(key_parts(key, value, mask, size)):
-        yield slice(number * size, (number + 1) * size), tensors
+def _parts(
+    key: Tensor, value: Tensor, mask: Tensor | None, keys: slice, size: int
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor | None]]]:
+    """Parts of these keys with the slice that each covers."""
+    one_for_all = mask is None or mask.shape[-1] == 1
+    parts = key_parts(key[:, keys], value[:, keys], mask if one_for_all else mask[..., keys], size)
+    for start, tensors in zip(range(keys.start, keys.stop, size), parts):
+        yield slice(start, min(start + size, keys.stop)), tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,8 +16,13 @@ from ..base import Sizes, call_bytes, half, overruled
 SMALLEST_KV_CHUNK = 64
 # Query chunks shrink to this before key chunks do: fewer rows leave the matrix units idle.
 SMALLEST_FAST_QUERY_CHUNK = 256
-# Heads of a tile, where there are queries enough: as many as a CPU has memory channels to keep busy.
+# Heads of a tile, where there are queries enough.
 FEWEST_HEADS = 2
+# Rows of a piece that is made smaller only so that no thread ends before the others.
+FEWEST_ROWS = 64
+
+Group = tuple[int, slice]  # a batch entry and some of its heads
+Piece = tuple[Group, slice]  # and some of their rows
 
 
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
@@ -27,7 +32,7 @@ def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, li
         (lambda tried: workspace_bytes(problem, tried) <= limit, "the memory limit"),
     ):
         before = chosen
-        chosen = _shrink(chosen, fits)
+        chosen = _shrink(chosen, _fewest_heads(problem), fits)
         if settings.query_chunk and chosen.queries < before.queries:
             reasons.append(overruled("query", before.queries, chosen.queries, why))
         if settings.kv_chunk and chosen.keys < before.keys:
@@ -59,11 +64,58 @@ def least_bytes(problem: Problem, settings: Settings) -> int:
     return max(workspace_bytes(problem, tried) for tried in {least, asked})
 
 
+def rows_at_once(problem: Problem, sizes: Sizes) -> int:
+    """All, where threads share them: they meet once, at the end."""
+    return problem.queries if devices.rules(problem.device).threads_share else sizes.queries
+
+
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries)))
+    if devices.rules(problem.device).threads_share:
+        threads, each = shares(problem.batch, problem.heads, problem.queries, sizes, devices.threads(problem.device))
+        total = max(piece_bytes(problem, sizes), threads * piece_bytes(problem, each, threads))
+    else:
+        total = call_bytes(
+            problem, sizes.queries, lambda queries: _attend_bytes(problem, sizes._replace(queries=queries))
+        )
     if problem.grad:  # the statistics of all queries
         total += problem.batch * problem.heads * problem.queries * 2 * item_bytes(devices.compute_dtype(problem.dtype))
     return total
+
+
+def shares(batch: int, heads: int, queries: int, sizes: Sizes, threads: int) -> tuple[int, Sizes]:
+    """How many threads share a tile of these sizes, and what each of them scores at a time: heads where there are
+    enough, rows otherwise; and so many rows that every thread has the same number of tiles, where that leaves enough.
+    """
+    threads = max(min(threads, sizes.heads * sizes.queries), 1)
+    each = sizes._replace(heads=max(sizes.heads // threads, 1))
+    if sizes.heads < threads:
+        each = each._replace(queries=math.ceil(sizes.queries * sizes.heads / threads))
+    groups = batch * math.ceil(heads / each.heads)
+    fewest = math.ceil(queries / max(each.queries, 1))
+    even = next(count for count in range(max(fewest, 1), fewest + threads + 1) if groups * count % threads == 0)
+    if threads > 1 and queries >= even * FEWEST_ROWS:
+        each = each._replace(queries=min(each.queries, math.ceil(queries / even)))
+    return threads, each
+
+
+def pieces(batch: int, heads: int, queries: int, sizes: Sizes) -> list[Piece]:
+    """Groups of heads, and of each some rows."""
+    return [
+        (group, rows) for group in head_groups(batch, heads, sizes.heads) for rows in slices(queries, sizes.queries)
+    ]
+
+
+def head_groups(batch: int, heads: int, size: int) -> Iterator[Group]:
+    """Indices of groups of at most `size` heads; a group never spans two batch entries, so that it stays a view."""
+    for entry in range(batch):
+        for group in slices(heads, size):
+            yield entry, group
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """0 to count in slices of at most `size`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def kept_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -88,10 +140,22 @@ def kept_bytes(problem: Problem, sizes: Sizes) -> int:
 
 
 def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
+    """Of one query chunk, its result included."""
+    compute = devices.compute_dtype(problem.dtype)
+    chunk = problem.batch * problem.heads * sizes.queries
+    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + 2 * problem.grad * item_bytes(compute))
+    return piece_bytes(problem, sizes) + result
+
+
+def piece_bytes(problem: Problem, sizes: Sizes, threads: int = 1) -> int:
+    """Of a thread, one of so many, that computes piece after piece of these sizes."""
     queries, keys, heads = sizes
     compute = devices.compute_dtype(problem.dtype)
     # What a group of heads has held stays until the next group has its own: so many heads beside those at work.
     others = min(heads, problem.heads - heads if problem.heads > heads or problem.batch == 1 else heads)
+    if devices.rules(problem.device).threads_share and (queries < problem.queries or threads > 1):
+        count = problem.batch * math.ceil(problem.heads / max(heads, 1)) * math.ceil(problem.queries / max(queries, 1))
+        others = heads if count > threads else 0
     contiguous = devices.rules(problem.device).contiguous
     converted = problem.dtype != compute or contiguous
     added = problem.mask is not None and problem.mask_dtype != torch.bool  # the query is scaled before its product
@@ -107,31 +171,31 @@ def _attend_bytes(problem: Problem, sizes: Sizes) -> int:
         _, mask_heads, mask_rows, mask_keys = problem.mask
         tile = min(mask_heads, heads) * min(mask_rows, queries) * min(mask_keys, keys)
         part += tile * (1 if problem.mask_dtype == torch.bool else item_bytes(compute))
-    scores = heads * queries * keys * item_bytes(compute)
     row = queries * item_bytes(compute)
-    chunk = problem.batch * problem.heads * queries
-    result = chunk * (problem.value_width * item_bytes(problem.value_dtype) + 2 * problem.grad * item_bytes(compute))
-    return scores + max(scaling * row, folding * row + part) + result
+    return heads * keys * row + max(scaling * row, folding * row + part)
 
 
 def _preferred(problem: Problem, settings: Settings, least: bool = False) -> Sizes:
     """The user's sizes, and for those left automatic the ones that fill the device's tile, or its least one."""
-    rules = devices.rules(problem.device)
-    tile_bytes = devices.least_tile_bytes(problem.device) if least else rules.tile_bytes
-    scores = tile_bytes // item_bytes(devices.compute_dtype(problem.dtype))
-    keys = min(settings.kv_chunk or rules.kv_tile, problem.keys)
-    heads = max(min(FEWEST_HEADS, problem.heads), 1)  # an empty batch has none, and there may be no queries
+    scores = devices.tile_bytes(problem.device, least) // item_bytes(devices.compute_dtype(problem.dtype))
+    keys = min(settings.kv_chunk or devices.rules(problem.device).kv_tile, problem.keys)
+    fewest = _fewest_heads(problem)
+    heads = max(min(fewest, problem.heads), 1)  # an empty batch has none, and there may be no queries
     rows = max(min(settings.query_chunk or _multiple_of_64(scores // (keys * heads)), problem.queries), 1)
     heads = max(heads, min(problem.heads, scores // (keys * rows)))
     # Threads take whole heads: a group that is no multiple leaves one of them idle.
-    heads = max(heads // FEWEST_HEADS * FEWEST_HEADS, min(FEWEST_HEADS, problem.heads), 1)
+    heads = max(heads // fewest * fewest, min(fewest, problem.heads), 1)
     return Sizes(rows, keys, heads)
 
 
-def _shrink(sizes: Sizes, fits: Callable[[Sizes], bool]) -> Sizes:
+def _fewest_heads(problem: Problem) -> int:
+    return devices.threads(problem.device) if devices.rules(problem.device).threads_share else FEWEST_HEADS
+
+
+def _shrink(sizes: Sizes, fewest_heads: int, fits: Callable[[Sizes], bool]) -> Sizes:
     """Smaller sizes until they fit: heads and queries as far as they stay fast, then one head, keys, queries."""
     for field, least in (
-        ("heads", FEWEST_HEADS),
+        ("heads", fewest_heads),
         ("queries", SMALLEST_FAST_QUERY_CHUNK),
         ("heads", 1),
         ("keys", SMALLEST_KV_CHUNK),
