@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -367,7 +368,7 @@ def test_a_mask_of_a_class_that_has_its_numbers(make):
 
 
 class Model(torch.nn.Module):
-    def forward(self, query, key, value, mask: torch.Tensor | None = None):
+    def forward(self, query, key, value, mask: Optional[torch.Tensor] = None):  # noqa: UP045, UP007 - torch 2.1 reads no |
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
 
