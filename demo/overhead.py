@@ -7,6 +7,7 @@ python -m demo.overhead
 from __future__ import annotations
 
 from demo import host
+from lib_subquad.console import say
 from lib_subquad.lab import overhead
 
 
@@ -23,4 +24,4 @@ def cases() -> dict[str, overhead.Case]:
 
 
 if __name__ == "__main__":
-    print(overhead.report(overhead.measured(cases=cases())))
+    say(overhead.report(overhead.measured(cases=cases())))

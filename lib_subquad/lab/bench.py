@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=cli.positive,
         default=0,
         metavar="N",
-        help="run N other programs meanwhile, each of which keeps a core busy (default: none)",
+        help="run N other programs meanwhile, each of which keeps a core busy (default: %(default)s)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--training", action="store_true", help="measure the forward and backward pass")

@@ -4,11 +4,12 @@ import torch
 
 from demo import overhead
 from lib_subquad.lab.overhead import measured
-from lib_subquad.webui import status
 
 
 def test_a_layer_in_the_host_is_served_and_computes_what_pytorch_does(host):
     cases = overhead.cases()
+    from lib_subquad.webui import status  # of the host that has just been started
+
     with torch.no_grad():
         (pairs,) = (case("cpu") for case in cases.values())
         theirs, ours = next(pairs)
