@@ -13,14 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ..console import UserError
 from .results import Result
 
 DTYPES = ("float32", "float16", "bfloat16")
 PICTURES = (".png", ".svg", ".pdf")
-
-
-class UserError(ValueError):
-    """Something the user gave cannot be used; the message is for them."""
 
 
 def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
