@@ -956,8 +956,7 @@ def engine_of(tiny, filename="", **dtypes):
 
 def explained(ui, **how) -> set[str]:
     """The parts of a model that Explain has rows of."""
-    _, rows = ui.models.rows_for(how.get("title"), 64, 64, 1, ui.host.settings())
-    return {row.part for row in rows}
+    return {row.part for row in ui.models.question(how.get("title"), 64, 64, 1).rows()}
 
 
 @pytest.mark.parametrize(
@@ -1029,11 +1028,11 @@ def test_before_the_first_image_the_chosen_checkpoint_answers(forge, tiny, tmp_p
     sd_models.checkpoints_list = {"tiny.safetensors [1234]": info}
     forge.opts.data["sd_model_checkpoint"] = "tiny"
     assert explained(forge) == explained(forge, title="tiny.safetensors [1234]") == {"unet", "vae_decoder"}
-    found, _ = forge.models.rows_for(None, 64, 64, 1, forge.host.settings())
+    found = forge.models.question(None, 64, 64, 1)
     assert "It is not loaded yet: the web UI loads it for the next image." in found.notes
     assert "It is not loaded yet" in forge.laboratory.explain(None, 64, 64, 1)
     sd_models.model_data.sd_model = engine_of(tiny, str(file))
-    found, _ = forge.models.rows_for(None, 64, 64, 1, forge.host.settings())
+    found = forge.models.question(None, 64, 64, 1)
     assert not any("not loaded" in note for note in found.notes)
 
 

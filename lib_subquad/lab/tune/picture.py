@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import device as devices
-from .explore import Exploration
+from ... import device as devices
+from .exploration import Exploration
 from .trials import Trial
 
 SIZE_INCHES = (8, 4.8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 
-from .. import device as devices
+from ... import device as devices
 from .results import Result
 
 PANEL_INCHES = (4.2, 3.6)

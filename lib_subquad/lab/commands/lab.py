@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from . import cli, question
-from .explain import megabytes
-from .explore import Exploration
-from .measure import processor_seconds, share_of_others
-from .plan_command import table
-from .trials import TUNED, Trial
+from .. import tables
+from ..explain.question import Question
+from ..machine import processor_seconds, share_of_others
+from ..tune.exploration import Exploration
+from ..tune.picture import draw
+from ..tune.trials import TUNED, Trial
+from . import files, question
+from .arguments import positive
 
 BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -18,19 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_arguments(parser)
     parser.add_argument(
         "--verify",
-        type=cli.positive,
+        type=positive,
         metavar="N",
         help="measure the recommended setting and Automatic N more times, in turn, and compare them "
         "(default: not again)",
     )
-    cli.add_output_arguments(parser)
+    files.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.plot:
-        cli.need("matplotlib", "--plot")
+    files.check(arguments)
     asked = question.read(arguments)
-    exploration = Exploration(asked.rows(), asked.settings, asked.device)
+    exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
     before = processor_seconds()
     stopped = _measure(exploration)
     others = share_of_others(before, processor_seconds())
@@ -40,16 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 130 if stopped else 1
     try:  # files first: who reads only the first lines closes the pipe
-        if arguments.json:
-            cli.write_json(arguments.json, _as_json(asked, exploration))
-        if arguments.plot:
-            from .picture import draw
-
-            with cli.writing(arguments.plot):
-                draw(exploration).savefig(arguments.plot)
+        files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
     finally:
-        print(table(_table_rows(exploration)))
-        print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.checkpoint.notes]))
+        print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
+        print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.notes]))
     if arguments.verify and not stopped:
         try:
             print(_verified(exploration, arguments.verify))
@@ -65,7 +60,7 @@ def _table_rows(exploration: Exploration) -> list[dict[str, str]]:
             "Setting": trial.label,
             "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
             "Measured": f"{trial.repeats} times" if trial.rounds else "once",
-            "Peak workspace": megabytes(trial.peak_bytes),
+            "Peak workspace": tables.memory(trial.peak_bytes),
             "": ", ".join(_marks(trial, exploration)),
         }
         for trials in (exploration.trials, exploration.tried)
@@ -141,7 +136,7 @@ def _verified(exploration: Exploration, repeats: int) -> str:
     recommended, automatic = again
     return (
         f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "
-        f"peak {megabytes(recommended.peak_bytes)} of {megabytes(exploration.limit_bytes)} allowed"
+        f"peak {tables.memory(recommended.peak_bytes)} of {tables.memory(exploration.limit_bytes)} allowed"
     )
 
 
@@ -150,7 +145,7 @@ def _restart(bar, total: int):
     return bar
 
 
-def _as_json(asked: question.Question, exploration: Exploration) -> dict:
+def _as_json(asked: Question, exploration: Exploration) -> dict:
     front, recommended = exploration.pareto_front(), exploration.recommended()
     return {
         "family": asked.checkpoint.family,

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..settings import Settings
+from ...settings import Settings
 
 AUTOMATIC = {"query_chunk": 0, "kv_chunk": 0, "engine": "automatic"}
 TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets

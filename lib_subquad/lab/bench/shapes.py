@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...console import UserError
+from ..explain import sizes
+
 GUIDANCE = 2  # classifier-free guidance: with and without the prompt at once
-SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 64, 4096, 64  # pixels
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,20 @@ def parse_shape(text: str) -> Shape:
     """The shape that `text` names.
 
     Raises:
-        ValueError: it names none; the message says what was expected.
+        UserError: it names none; the message says what was expected.
     """
     if "," in text:
         return _from_numbers(text)
     found = re.fullmatch(r"([a-z0-9]+)-(\d+)(?:-cross(\d+))?", text.strip().lower())
     if found is None or found[1] not in MODELS:
-        raise ValueError(f"shape {text!r}; expected {SHAPE_HELP}")
-    model, side = MODELS[found[1]], int(found[2])
-    if not SMALLEST_SIDE <= side <= LARGEST_SIDE or side % SIDE_STEP:
-        raise ValueError(
-            f"shape {text!r}: the side is {side}; expected a multiple of {SIDE_STEP} from {SMALLEST_SIDE} to "
-            f"{LARGEST_SIDE}"
-        )
+        raise UserError(f"shape {text!r}; expected {SHAPE_HELP}")
+    model, side = MODELS[found[1]], sizes.side(f"shape {text!r}: the side", int(found[2]), sizes.STEP)
     tokens = (side // model.downsampling) ** 2
     name = f"{model.title} {side}²"
     if found[3] is None:
         return Shape(name, model.batch, model.heads, tokens, tokens, model.width)
     if found[1] == "vae" or int(found[3]) < 1:
-        raise ValueError(f"shape {text!r}; expected a model that looks at a prompt, and at least one token of it")
+        raise UserError(f"shape {text!r}; expected a model that looks at a prompt, and at least one token of it")
     return Shape(f"{name} cross", model.batch, model.heads, tokens, int(found[3]), model.width)
 
 
@@ -93,5 +90,5 @@ def _from_numbers(text: str) -> Shape:
     except ValueError:
         numbers = []
     if len(numbers) != 5 or min(numbers) < 1:
-        raise ValueError(f"shape {text!r}; expected five whole numbers BATCH,HEADS,QUERIES,KEYS,WIDTH of at least 1")
+        raise UserError(f"shape {text!r}; expected five whole numbers BATCH,HEADS,QUERIES,KEYS,WIDTH of at least 1")
     return Shape("", *numbers)

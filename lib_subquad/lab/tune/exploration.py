@@ -15,19 +15,16 @@ from operator import itemgetter
 
 import torch
 
-from .. import device as devices
-from ..attention import attention
-from ..engines import order
-from ..engines.base import Sizes
-from ..plan import Plan, limit_bytes, plan_problem
-from ..problem import Problem
-from ..settings import CHUNK_MAX, Settings
-from . import meter, trials
-from .explain import Row
+from ... import device as devices
+from ...plan import Plan, limit_bytes, plan_problem
+from ...problem import Problem
+from ...settings import Settings
+from ..explain.rows import Row
+from . import trials
+from .calls import Call, Key, cost, describe, key_of, measure, ran_out
+from .candidates import candidates
 from .trials import AUTOMATIC, TUNED, Trial, about_as_fast
 
-QUERY_CHUNKS = (256, 512, 1024, 2048, 4096)
-KV_CHUNKS = (256, 512, 1024, 4096)
 # Shapes that together make less than this share of the work take their time from Automatic: no setting moves them.
 NEGLIGIBLE_SHARE = 0.03
 
@@ -42,9 +39,6 @@ WORTH_MEMORY = 2
 # The present setting is compared too, unless it is hopeless.
 HOPELESS = 10
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 25  # fewer than seven can show nothing: see trials.CHANCE
-
-Call = tuple[Problem, Plan]
-Key = tuple[Problem, str, Sizes]  # what distinguishes calls: their plans' words do not
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Exploration:
     in neither.
 
     Args:
-        rows: the shapes, as `explain()` gives them for the user's present settings.
+        rows: the shapes, as a `Question` gives them for the user's present settings.
         settings: the user's present settings; memory limit and upcast hold for every candidate.
         device: where to measure.
     """
@@ -163,26 +157,10 @@ class Exploration:
     def _candidates(self) -> list[Settings]:
         """Automatic, the present setting, and others of which no two come to the same calls."""
 
-        def candidate(**choice) -> Settings:
-            return replace(self.settings, retry=False, **choice)  # a retry would measure something else
-
-        most = max((row.problem.queries for row in self.rows), default=0)
-        queries = [size for size in QUERY_CHUNKS if size < most] + [0]
-        keys = [size for size in KV_CHUNKS if size < most] + [0]
-        found = [candidate(**AUTOMATIC), candidate()]
-        for engine in order.engines():
-            if not engine.EXACT or all(engine.why_not(row.problem) for row in self.rows):
-                continue
-            name = "automatic" if engine is order.engines()[0] else engine.NAME
-            sizes = (
-                [(q, k) for q in queries for k in keys]
-                if engine.SPLITS_KEYS
-                else [(q, 0) for q in queries if q >= 1024]
-            )
-            found += [candidate(engine=name, query_chunk=q, kv_chunk=k) for q, k in sizes]
+        found = list(candidates(self.rows, self.settings))
         distinct = {}
         for settings in found:
-            distinct.setdefault(tuple(_key(*call) for call in self._calls(settings)), settings)
+            distinct.setdefault(tuple(key_of(*call) for call in self._calls(settings)), settings)
         return list(dict.fromkeys([*found[:2], *distinct.values()]))
 
     def _try(self) -> Iterator[Progress]:
@@ -198,12 +176,12 @@ class Exploration:
     def _one_by_one(self, calls: list[Call]) -> Iterator[Progress]:
         started = time.perf_counter()
         # What is known of the rest when Automatic has been timed: time goes with scores, whatever computes them.
-        total_cost = sum(_cost(problem) for problem, _ in calls)
+        total_cost = sum(cost(problem) for problem, _ in calls)
         done_cost = 0.0
         for number, (problem, plan) in enumerate(calls):
-            yield Progress(number, len(calls), _left(started, done_cost, total_cost), _describe(problem, plan))
+            yield Progress(number, len(calls), _left(started, done_cost, total_cost), describe(problem, plan))
             self._measure(problem, plan)
-            done_cost += _cost(problem)
+            done_cost += cost(problem)
             self._tally()
 
     def _with_references(self, calls: list[Call]) -> list[Call]:
@@ -213,11 +191,11 @@ class Exploration:
         return [call for part in parts for call in (*part, self._reference())]
 
     def _reference(self) -> Call:
-        return max(self._calls(replace(self.settings, **AUTOMATIC)), key=lambda call: _cost(call[0]))
+        return max(self._calls(replace(self.settings, **AUTOMATIC)), key=lambda call: cost(call[0]))
 
     def _unsteadiness(self) -> float:
         """How many times as long as the fastest try of the reference the slowest took."""
-        seconds = [seconds for seconds, _ in self._measured[_key(*self._reference())]]
+        seconds = [seconds for seconds, _ in self._measured[key_of(*self._reference())]]
         return max(seconds) / min(seconds) if math.isfinite(max(seconds)) else 1.0
 
     def _promising(self, candidates: Iterable[Settings]) -> list[Settings]:
@@ -247,7 +225,7 @@ class Exploration:
             calls = self._round()
             for number, (problem, plan) in enumerate(calls):
                 done = self.rounds * len(calls) + number
-                yield Progress(done, planned * len(calls), None, "again: " + _describe(problem, plan))
+                yield Progress(done, planned * len(calls), None, "again: " + describe(problem, plan))
                 self._measure(problem, plan)
             self._end_round(calls)
             self._tally()
@@ -255,13 +233,13 @@ class Exploration:
     def _round(self) -> list[Call]:
         """The finalists' calls, those on one shape side by side; every other round runs backwards, so that none always
         follows the same one."""
-        calls = [call for call in self._distinct(self._finalists) if not _ran_out(self._measured.get(_key(*call), ()))]
+        calls = [call for call in self._distinct(self._finalists) if not ran_out(self._measured.get(key_of(*call), ()))]
         order = {row.problem: number for number, row in enumerate(self.rows)}
         calls.sort(key=lambda call: order[call[0]])
         return calls if self.rounds % 2 == 0 else calls[::-1]
 
     def _end_round(self, calls: Iterable[Call]) -> None:
-        for key in (_key(*call) for call in calls):
+        for key in (key_of(*call) for call in calls):
             self._in_rounds.setdefault(key, []).append(self._measured[key][-1][0])
         self.rounds += 1
 
@@ -270,7 +248,7 @@ class Exploration:
         calls = {}
         for settings in candidates:
             for call in self._calls(settings):
-                calls.setdefault(_key(*call), call)
+                calls.setdefault(key_of(*call), call)
         return list(calls.values())
 
     def _calls(self, settings: Settings) -> list[Call]:
@@ -283,33 +261,12 @@ class Exploration:
         return self._plans[settings]
 
     def _matters(self, row: Row) -> bool:
-        whole = sum(_cost(other.problem) * other.layers for other in self.rows)
-        return _cost(row.problem) * row.layers >= NEGLIGIBLE_SHARE * whole
+        whole = sum(cost(other.problem) * other.layers for other in self.rows)
+        return cost(row.problem) * row.layers >= NEGLIGIBLE_SHARE * whole
 
     def _measure(self, problem: Problem, plan: Plan) -> None:
-        splits = order.named(plan.engine).SPLITS_KEYS
-        whole = not splits and plan.query_chunk >= problem.queries
-        settings = replace(
-            self.settings,
-            retry=False,
-            engine=plan.engine,
-            query_chunk=0 if whole else min(plan.query_chunk, CHUNK_MAX),
-            kv_chunk=min(plan.kv_chunk, CHUNK_MAX) if splits else 0,
-        )
-        try:
-            query, key, value = _tensors(problem)
-            # Libraries load and caches fill outside the measurement; an accelerator's may prepare for these very sizes.
-            first = query[..., :64, :] if self.device.type == "cpu" else query
-            attention(first, key, value, settings=settings)
-            seconds, peak = meter.measure(lambda: attention(query, key, value, settings=settings), self.device)
-        except Exception as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            seconds, peak = math.inf, None
-        if math.isinf(seconds):  # out of the except block, which holds the tensors that the call had made
-            devices.release_cached(self.device)
-        peak = max(plan.workspace_bytes, (peak or 0) - problem.output_bytes)
-        self._measured.setdefault(_key(problem, plan), []).append((seconds, peak))
+        run = measure(problem, plan, self.settings, self.device)
+        self._measured.setdefault(key_of(problem, plan), []).append(run)
 
     def _tally(self) -> None:
         """Make trials of what has been measured on every shape."""
@@ -321,8 +278,8 @@ class Exploration:
     def _trial(self, settings: Settings) -> Trial | None:
         """What its measurements come to; None where some are missing, or it ran out of memory."""
         calls = self._calls(settings)
-        runs = [self._measured.get(_key(*call)) for call in calls]
-        if not all(runs) or any(map(_ran_out, runs)):
+        runs = [self._measured.get(key_of(*call)) for call in calls]
+        if not all(runs) or any(map(ran_out, runs)):
             return None
         first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))
         peaks = [statistics.median(peak for _, peak in runs_of_call) for runs_of_call in runs]
@@ -337,7 +294,7 @@ class Exploration:
 
     def _rounds(self, settings: Settings) -> list[float]:
         """Seconds of a step in every round."""
-        calls = (self._in_rounds.get(_key(*call), ()) for call in self._calls(settings))
+        calls = (self._in_rounds.get(key_of(*call), ()) for call in self._calls(settings))
         return [self._step(seconds) for seconds in zip(*calls) if math.isfinite(sum(seconds))]
 
     def _step(self, seconds: Iterable[float]) -> float:
@@ -345,36 +302,5 @@ class Exploration:
         return sum(row.layers * of_call for row, of_call in zip(self.rows, seconds))
 
 
-def _key(problem: Problem, plan: Plan) -> Key:
-    return problem, plan.engine, plan.sizes
-
-
-def _ran_out(runs: Iterable[tuple[float, int]]) -> bool:
-    return any(math.isinf(seconds) for seconds, _ in runs)
-
-
-def _cost(problem: Problem) -> float:
-    return problem.batch * problem.heads * problem.queries * problem.keys * (problem.width + problem.value_width)
-
-
 def _left(started: float, done: float, total: float) -> float | None:
     return None if not done else (time.perf_counter() - started) * (total - done) / done
-
-
-def _describe(problem: Problem, plan: Plan) -> str:
-    return f"{problem.queries} x {problem.keys} tokens, {plan.engine} {plan.query_chunk} x {plan.kv_chunk}"
-
-
-def _tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random queries, keys and values, tokens before heads in memory as a layer's projections have them."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def random(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        shape = (problem.batch, tokens, problem.heads, width)
-        return torch.randn(shape, generator=generator).to(problem.device, dtype).transpose(1, 2)
-
-    return (
-        random(problem.queries, problem.width, problem.dtype),
-        random(problem.keys, problem.width, problem.dtype),
-        random(problem.keys, problem.value_width, problem.value_dtype),
-    )

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import device as devices
-from ..attention import attention
-from ..engines import order
-from ..plan import plan_problem, why_not
-from ..problem import Problem, item_bytes
-from ..settings import Settings
+from ... import device as devices
+from ...attention import attention
+from ...console import UserError
+from ...engines import order
+from ...plan import plan_problem, why_not
+from ...problem import Problem, item_bytes
+from ...settings import Settings
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -214,12 +215,12 @@ def find(name: str) -> Peer:
     """The peer of this name; a path ending in .py is a file with an `efficient_dot_product_attention`.
 
     Raises:
-        ValueError: there is none; the message says what was expected.
+        UserError: there is none; the message says what was expected.
     """
     if name in PEERS:
         return PEERS[name]
     if not name.endswith(".py"):
-        raise ValueError(f"peer {name!r}; expected one of {', '.join(PEERS)}, or a file that ends in .py")
+        raise UserError(f"peer {name!r}; expected one of {', '.join(PEERS)}, or a file that ends in .py")
     if not Path(name).is_file():
-        raise ValueError(f"peer {name!r}: there is no such file")
+        raise UserError(f"peer {name!r}: there is no such file")
     return Peer(Path(name).stem, _from_file(name))

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import attention
-from ..layers.ldm import cross_attention
-from ..settings import Settings
-from . import tables
-from .measure import written_in
+from ...attention import attention
+from ...layers.ldm import cross_attention
+from ...settings import Settings
+from .. import tables
+from .work import written_in
 
 ROUNDS, CALLS = 7, 400
 SMALL, LARGER = (1, 8, 16, 40), (2, 8, 64, 40)

@@ -15,27 +15,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Checkpoint, CheckpointError, read_attention_layers
-from .cli import UserError
-from .process import Failed, ask, serve
+from ...checkpoint import Checkpoint, CheckpointError, read_attention_layers
+from ...console import UserError
+from ..process import Failed, ask, serve
 from .shapes import Shape
 
 PREFIX = "model.diffusion_model."
 TIMESTEP = 500
 TOKEN_SPREAD = 0.3
-SMALLEST_SIDE, SIDE_STEP = 64, 64
 
 
-def capture(checkpoint: str, side: int, folder: Path) -> dict[Shape, str]:
-    """The distinct shapes of a U-Net's attention for a square image, the costliest first, each with a file in `folder`
-    that holds [query, key, value] of the layer whose scores may be the largest.
+def capture(checkpoint: str, size: tuple[int, int], folder: Path) -> dict[Shape, str]:
+    """The distinct shapes of a U-Net's attention for an image of (width, height) pixels, the costliest first, each with
+    a file in `folder` that holds [query, key, value] of the layer whose scores may be the largest.
 
     Raises:
         UserError: the checkpoint cannot be used, or what is needed for it is not installed.
     """
-    if side < SMALLEST_SIDE or side % SIDE_STEP:
-        raise UserError(f"--size {side}; expected a multiple of {SIDE_STEP}")
-    question = {"checkpoint": str(Path(checkpoint).resolve()), "side": side, "folder": str(folder)}
+    question = {"checkpoint": str(Path(checkpoint).resolve()), "size": size, "folder": str(folder)}
     try:
         answer = ask(__name__, question)  # its own process: the model's memory is given back
     except Failed as error:
@@ -47,7 +44,7 @@ def capture(checkpoint: str, side: int, folder: Path) -> dict[Shape, str]:
 
 def _answer(question: dict) -> dict:
     try:
-        captured = _captured(question["checkpoint"], question["side"])
+        captured = _captured(question["checkpoint"], question["size"])
     except (UserError, CheckpointError) as error:
         return {"error": str(error)}
     answer = []
@@ -59,7 +56,7 @@ def _answer(question: dict) -> dict:
     return {"captured": answer}
 
 
-def _captured(path: str, side: int) -> list[tuple[Shape, list[Tensor]]]:
+def _captured(path: str, size: tuple[int, int]) -> list[tuple[Shape, list[Tensor]]]:
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -80,11 +77,12 @@ def _captured(path: str, side: int) -> list[tuple[Shape, list[Tensor]]]:
         raise UserError(f"this U-Net cannot be built: the checkpoint has no {min(missing)}")
     unet.load_state_dict(state)
     del state
-    return listen(unet, _inputs(unet, shapes, found, side), _name_of(path, side))
+    return listen(unet, _inputs(unet, shapes, found, size), _name_of(path, size))
 
 
-def _name_of(path: str, side: int) -> str:
-    return f"{Path(path).stem} {side}²"
+def _name_of(path: str, size: tuple[int, int]) -> str:
+    width, height = size
+    return f"{Path(path).stem} " + (f"{width}²" if width == height else f"{width}×{height}")
 
 
 def build_unet(shapes: Mapping[str, tuple[int, ...]], found: Checkpoint) -> nn.Module:
@@ -147,13 +145,15 @@ def unet_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object
     }
 
 
-def _inputs(unet: nn.Module, shapes: Mapping[str, tuple[int, ...]], found: Checkpoint, side: int) -> tuple[Tensor, ...]:
+def _inputs(
+    unet: nn.Module, shapes: Mapping[str, tuple[int, ...]], found: Checkpoint, size: tuple[int, int]
+) -> tuple[Tensor, ...]:
     cross = next(layer for layer in found.layers if layer.part == "unet" and layer.context_tokens is not None)
     generator = torch.Generator().manual_seed(0)
     batch = cross.guidance_copies
     in_channels = shapes["input_blocks.0.0.weight"][1]
-    latent_side = side // cross.latent_factor
-    latent = torch.randn(1, in_channels, latent_side, latent_side, generator=generator).expand(batch, -1, -1, -1)
+    columns, lines = (side // cross.latent_factor for side in size)
+    latent = torch.randn(1, in_channels, lines, columns, generator=generator).expand(batch, -1, -1, -1)
     context = torch.randn(batch, cross.context_tokens, cross.context_width, generator=generator) * TOKEN_SPREAD
     return latent, torch.full((batch,), TIMESTEP), context
 
