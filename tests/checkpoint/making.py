@@ -88,6 +88,32 @@ def vae(prefix=VAE, channels=512, halvings=3):
     return shapes
 
 
+def mmdit(prefix=UNET, width=1536, blocks=24, twice=0):
+    """What matters of SD 3's transformer; the first `twice` blocks look at the image alone as well."""
+    shapes = {
+        "x_embedder.proj.weight": [width, 16, 2, 2], "x_embedder.proj.bias": [width],
+        "context_embedder.weight": [width, 4096], "final_layer.linear.bias": [64],
+    }  # fmt: skip
+    for number in range(blocks):
+        for part in ["x_block.attn", "context_block.attn"] + ["x_block.attn2"] * (number < twice):
+            shapes[f"joint_blocks.{number}.{part}.qkv.weight"] = [3 * width, width]
+            shapes[f"joint_blocks.{number}.{part}.qkv.bias"] = [3 * width]
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def flux(prefix="", width=3072, head_width=128, blocks=(19, 38), more=("guidance_in.in_layer.bias",)):
+    """What matters of Flux; without `more` it is schnell."""
+    shapes = {"img_in.weight": [width, 64], "img_in.bias": [width], "txt_in.weight": [width, 4096]}
+    shapes |= {"final_layer.linear.bias": [64]} | dict.fromkeys(more, [width])
+    for number in range(blocks[0]):
+        for part in ("img_attn", "txt_attn"):
+            shapes[f"double_blocks.{number}.{part}.norm.query_norm.scale"] = [head_width]
+            shapes[f"double_blocks.{number}.{part}.qkv.bias"] = [3 * width]
+    for number in range(blocks[1]):
+        shapes[f"single_blocks.{number}.linear1.bias"] = [7 * width]
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
 XL = {"mult": (1, 2, 4), "context": 2048, "linear": True}
 SD1 = {}
 SD2 = {"context": 1024, "linear": True}

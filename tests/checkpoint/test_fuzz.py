@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib_subquad.checkpoint import Checkpoint, CheckpointError, from_shapes, read_attention_layers
-from tests.checkpoint.making import BYTES, config, entries, unet, vae, write
+from tests.checkpoint.making import BYTES, UNET, config, entries, flux, mmdit, unet, vae, write
 
 FUZZ_EXAMPLES = int(os.environ.get("SUBQUAD_FUZZ_EXAMPLES", "300"))  # for each of the five fuzz tests
 
@@ -26,13 +26,27 @@ fuzz = settings(
     max_examples=FUZZ_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )  # fmt: skip
 
-VALID_HEADER, VALID_DATA = entries(
-    unet(channels=16, mult=(1, 2), depths=(1, 1), context=24, blocks=1) | vae(channels=8, halvings=1)
-)
-VALID = struct.pack("<Q", len(json.dumps(VALID_HEADER))) + json.dumps(VALID_HEADER).encode() + bytes(VALID_DATA)
+SEEDS = {
+    "unet": unet(channels=16, mult=(1, 2), depths=(1, 1), context=24, blocks=1) | vae(channels=8, halvings=1),
+    "sd3": mmdit(width=64, blocks=3, twice=1) | vae(channels=8, halvings=1),
+    "flux": flux(width=16, head_width=8, blocks=(2, 2)),
+    "chroma": flux(UNET, width=16, head_width=8, blocks=(2, 1), more=("distilled_guidance_layer.in_proj.bias",)),
+}
+HEADERS = {name: entries(shapes) for name, shapes in SEEDS.items()}
+seeds = st.sampled_from(sorted(SEEDS))
+
+
+def whole(seed: str) -> bytes:
+    header, data = HEADERS[seed]
+    return struct.pack("<Q", len(json.dumps(header))) + json.dumps(header).encode() + bytes(data)
+
 
 numbers = st.one_of(st.integers(), st.integers(0, 64), st.sampled_from([2**31, 2**32, 2**63 - 1, 2**64, 10**19]))
-names = st.one_of(st.sampled_from(sorted(VALID_HEADER)), st.sampled_from(["__metadata__", "", "\ud800"]), st.text())
+names = st.one_of(
+    st.sampled_from(sorted({name for shapes in SEEDS.values() for name in shapes})),
+    st.sampled_from(["__metadata__", "", "\ud800"]),
+    st.text(),
+)
 garbage = st.recursive(
     st.one_of(st.none(), st.booleans(), st.floats(), numbers, names),
     lambda inner: st.one_of(st.lists(inner, max_size=5), st.dictionaries(names, inner, max_size=5)),
@@ -78,10 +92,10 @@ def prefixed(raw: bytes) -> bytes:
 
 
 @fuzz
-@given(seed=st.integers(0, 2**32), edits=st.integers(1, 8))
-def test_fuzz_mutated_bytes(scratch, seed, edits):
-    rng, content = random.Random(seed), bytearray(VALID)
-    header_end = 8 + struct.unpack("<Q", VALID[:8])[0]
+@given(seed=seeds, number=st.integers(0, 2**32), edits=st.integers(1, 8))
+def test_fuzz_mutated_bytes(scratch, seed, number, edits):
+    rng, content = random.Random(number), bytearray(whole(seed))
+    header_end = 8 + struct.unpack("<Q", content[:8])[0]
     for _ in range(edits):
         place = rng.randrange(min(len(content), header_end))
         what = rng.choice(["flip", "digit", "cut", "insert", "copy", "length", "end"])
@@ -109,21 +123,22 @@ def test_fuzz_mutated_bytes(scratch, seed, edits):
 
 @fuzz
 @given(
+    seed=seeds,
     header=st.one_of(garbage, st.dictionaries(names, st.one_of(tensors, garbage), max_size=6)),
     data=st.integers(0, 64),
-    kept=st.integers(0, len(VALID_HEADER)),
+    kept=st.integers(0, 60),
 )
-def test_fuzz_structured_json(scratch, header, data, kept):
+def test_fuzz_structured_json(scratch, seed, header, data, kept):
     if isinstance(header, dict):
-        header = dict(list(VALID_HEADER.items())[:kept]) | header
+        header = dict(list(HEADERS[seed][0].items())[:kept]) | header
     answers("structured JSON", read_attention_layers, write(scratch, header, data))
 
 
 @fuzz
-@given(changes=st.dictionaries(names, st.one_of(st.none(), st.lists(numbers, max_size=5)), max_size=6))
-def test_fuzz_shapes(scratch, changes):
+@given(seed=seeds, changes=st.dictionaries(names, st.one_of(st.none(), st.lists(numbers, max_size=5)), max_size=6))
+def test_fuzz_shapes(scratch, seed, changes):
     """Well-formed sets of shapes that make no sense; those that a file can have also go through one."""
-    shapes = {name: entry["shape"] for name, entry in VALID_HEADER.items()} | changes
+    shapes = SEEDS[seed] | changes
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     answers("shapes", from_shapes, shapes)
     if all(0 <= n <= 64 for shape in shapes.values() for n in shape):
@@ -132,15 +147,16 @@ def test_fuzz_shapes(scratch, changes):
 
 @fuzz
 @given(
+    seed=seeds,
     content=st.one_of(
         st.binary(max_size=100),
         st.text(alphabet="model:params_hd{}[]&*!<>|-? \n\"'\\U0123456789%,#", max_size=100).map(str.encode),
         st.builds(lambda heads: config(num_heads=heads).encode(), garbage),
-    )
+    ),
 )
-def test_fuzz_yaml(scratch, content):
+def test_fuzz_yaml(scratch, seed, content):
     pytest.importorskip("yaml")
-    scratch.write_bytes(VALID)
+    scratch.write_bytes(whole(seed))
     beside = scratch.with_suffix(".yaml")
     beside.write_bytes(content)
     try:

@@ -13,7 +13,6 @@ from ..tensors import Tensors, named
 _WITH = "choose the checkpoint it works with"
 _STEERS = f"it steers what a checkpoint draws; {_WITH}"
 _FACE = f"it shows a checkpoint a face to draw; {_WITH}"
-_PART = "the file holds a part of it only"
 _UNREAD = "its layers are not known here; where the web UI runs it through subquad, no plan is shown for it"
 _VIDEO_MODEL = "it attends across frames as well, which this extension does not know"
 VIDEO = r"\.(?:time_stack|temopral_conv)\."  # the latter as ModelScope spells it
@@ -42,13 +41,11 @@ OTHERS = (
     ("TAESD",
      r"^tae(?:sd|f)[a-z0-9]{0,3}_(?:en|de)coder\.|^(?:(?:en|de)coder\.(?:layers\.)?)?[0-9]{1,2}\.conv\.[024]\.",
      f"it is a small VAE for previews, without attention; {_WITH}"),
-    ("Stable Diffusion 3", r"(?:^|\.)joint_blocks\.", _PART),
     ("HunyuanVideo", r"(?:^|\.)txt_in\.individual_token_refiner\.", _VIDEO_MODEL),
     ("Flux 2", r"(?:^|\.)double_stream_modulation_img\.", _UNREAD),
     ("HiDream", r"(?:^|\.)double_stream_blocks\.", _UNREAD),
     ("Hunyuan3D", r"(?:^|\.)latent_in\.weight$", _UNREAD),
     ("Chroma Radiance", r"(?:^|\.)nerf_image_embedder\.", _UNREAD),
-    ("Flux", r"(?:^|\.)double_blocks\.", _PART),
     ("AuraFlow", r"(?:^|\.)double_layers\.[0-9]{1,3}\.attn\.w1q\.", _UNREAD),
     ("Lumina 2 or Z-Image", r"(?:^|\.)cap_embedder\.1\.", _UNREAD),
     ("HunyuanDiT", r"(?:^|\.)mlp_t5\.0\.", _UNREAD),
@@ -91,13 +88,19 @@ LORA = (
     ("LoRA", r"", f"it changes a checkpoint's layers and adds none; {_WITH}"),
 )  # fmt: skip
 
+# Looked at last: a LoRA for Flux may bring norms of its own.
+PARTS = (
+    ("Stable Diffusion 3", r"(?:^|\.)joint_blocks\.", "the file holds a part of it only"),
+    ("Flux", r"(?:^|\.)double_blocks\.", "the file holds a part of it only"),
+)
+
 
 def read(tensors: Tensors) -> Checkpoint | None:
     """What kind of file it is and why it is not served; None where it is none of those known here."""
     lora = [name for name in tensors if LORA_NAME.search(name)]
     added = set(lora)
     others = [name for name in tensors if name not in added and not name.endswith(".alpha")]  # a LoRA's strength
-    for names, kinds in ((others, OTHERS), (lora, LORA)):
+    for names, kinds in ((others, OTHERS), (lora, LORA), (others, PARTS)):
         for family, pattern, why in kinds:
             name = next(filter(re.compile(pattern).search, names), None)
             if name is not None:

@@ -36,7 +36,9 @@ def read(mmdit: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
     blocks = mmdit.count("joint_blocks")
     attention = []
     for block in (f"joint_blocks.{number}" for number in range(blocks)):
-        attention.append((f"{block}.x_block.attn", "joint"))
+        if mmdit.shape(f"{block}.x_block.attn.qkv.bias", dimensions=(1,)) != (3 * width,):
+            raise CheckpointError(f"{mmdit.prefix}{block} is not as wide as the model, {width} channels")
+        attention.append((block, "joint"))
         if f"{block}.x_block.attn2.qkv.bias" in mmdit:
             attention.append((f"{block}.x_block.attn2", "self"))
 
@@ -45,8 +47,6 @@ def read(mmdit: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
     layers = []
     for path, kind in attention:
         name = mmdit.prefix + path
-        if mmdit.shape(f"{path}.qkv.bias", dimensions=(1,)) != (3 * width,):
-            raise CheckpointError(f"{name} is not as wide as the model, {width} channels")
         count, head_width = rule.divide(width, name)
         layers.append(AttentionLayer(
             name=name,

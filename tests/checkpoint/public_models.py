@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-DATA = Path(__file__).parent / "data" / "families"
+DATA = Path(__file__).parents[1] / "data" / "families"
 NAMES = sorted(file.stem for file in DATA.glob("*.json"))
 
 

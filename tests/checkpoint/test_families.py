@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lib_subquad.checkpoint import from_shapes
-from tests.families import NAMES, digest, expand, runs, tensors
-from tests.families import recorded as record
-
-READ = ("sd15", "sd21", "sdxl_base", "sdxl_refiner", "vae_4", "vae_16")
+from tests.checkpoint.public_models import NAMES, digest, expand, runs, tensors
+from tests.checkpoint.public_models import recorded as record
 
 
 @pytest.mark.parametrize(
@@ -44,12 +42,34 @@ def test_every_call_belongs_to_a_module_that_has_tensors(name):
     assert {call.module for run in runs(name) for call in run.calls} <= modules
 
 
-@pytest.mark.parametrize("name", READ)
+FAMILIES = {
+    "sd15": "Stable Diffusion 1.x",
+    "sd21": "Stable Diffusion 2.x",
+    "sdxl_base": "SDXL base",
+    "sdxl_refiner": "SDXL refiner",
+    "sd3_medium": "Stable Diffusion 3 medium",
+    "sd35_medium": "Stable Diffusion 3.5 medium",
+    "sd35_large": "Stable Diffusion 3.5 large or large turbo",
+    "flux_dev": "Flux dev",
+    "flux_schnell": "Flux schnell",
+    "chroma": "Chroma",
+    "vae_4": "VAE",
+    "vae_16": "VAE",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_reader_finds_the_calls_in_the_order_they_run(name):
-    layers = from_shapes(tensors(name)).layers
+    checkpoint = from_shapes(tensors(name))
+    assert checkpoint.family == FAMILIES[name]
     for run in runs(name):
         found = [
-            (layer.name, layer.kind, *layer.shapes(run.width, run.height, 1, False, run.text_tokens or 77))
-            for layer in layers
+            (layer.name.removesuffix(".x_block.attn2"), layer.kind, *shapes(layer, run)) for layer in checkpoint.layers
         ]
         assert found == [(c.module, c.kind, c.query, c.key, c.value) for c in run.calls]
+
+
+def shapes(layer, run):
+    """Of one image without a negative prompt, T5 given what CLIP leaves of the prompt's tokens."""
+    t5_tokens = max((run.text_tokens or 77) - (layer.context_tokens or 0), 1)
+    return layer.shapes(run.width, run.height, guidance=False, t5_tokens=t5_tokens)
