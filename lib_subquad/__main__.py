@@ -8,7 +8,6 @@ import errno
 import os
 import sys
 
-from .checkpoint import CheckpointError
 from .console import UserError
 from .lab.commands import bench, growth, lab, plan
 
@@ -48,7 +47,7 @@ def _run(argv: list[str] | None) -> int:
     args = _parse(argv)
     try:
         return COMMANDS[args.command][0].run(args)
-    except (UserError, CheckpointError) as error:
+    except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..checkpoint import Checkpoint, CheckpointError, from_shapes, read_attention_layers
+from ..checkpoint import Checkpoint, from_shapes, read_attention_layers
 from ..console import UserError
 from ..lab.explain.question import Question
 from ..settings import shown
@@ -30,7 +30,7 @@ def read(title: str | None) -> Checkpoint:
     filename = host().checkpoints().get(title) if isinstance(title, str) else None
     if filename is None:
         raise UserError(f"There is no checkpoint {shown(title, 200)} on the web UI's list.")
-    return _read_file(filename)
+    return read_attention_layers(filename)
 
 
 def question(title: str | None, width: object, height: object, batch: object) -> Question:
@@ -49,18 +49,7 @@ def question(title: str | None, width: object, height: object, batch: object) ->
 def _read_loaded() -> Checkpoint:
     loaded = host().loaded()
     if loaded.filename or loaded.shapes is None:
-        checkpoint = _read_file(loaded.filename)
+        checkpoint = read_attention_layers(loaded.filename)
     else:
-        checkpoint = _describe(lambda: from_shapes(loaded.shapes()))
+        checkpoint = from_shapes(loaded.shapes())
     return replace(checkpoint, notes=(loaded.note, *checkpoint.notes)) if loaded.note else checkpoint
-
-
-def _read_file(filename: str) -> Checkpoint:
-    return _describe(lambda: read_attention_layers(filename))
-
-
-def _describe(reader) -> Checkpoint:
-    try:
-        return reader()
-    except (CheckpointError, OSError) as error:
-        raise UserError(str(error)) from error

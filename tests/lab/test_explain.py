@@ -16,6 +16,7 @@ from lib_subquad.device import GIB
 from lib_subquad.lab.explain.question import LARGEST_BATCH, Question
 from lib_subquad.lab.explain.sizes import LARGEST_SIDE, parse_size
 from lib_subquad.lab.explain.words import counted, size_in_words
+from tests.checkpoint import public_models
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
@@ -162,27 +163,20 @@ def test_a_size_for_a_model_that_goes_in_steps(text, name):
 # ------------------------------------------------------------------------------------------------ models of any family
 
 
-class Joint(AttentionLayer):
-    """Image and text in one sequence."""
-
-    def shapes(self, width, height, batch=1, **ignored):
-        tokens = (width // 16) * (height // 16) + 256
-        return ((batch, self.heads, tokens, self.head_width),) * 3
-
-
-def layer(part, kind, count=1, made=AttentionLayer):
-    more = {"context_tokens": 77, "context_width": 8} if kind == "cross" else {}
-    return tuple(made(f"{part}.{number}", part, kind, 24, 64, 8, **more) for number in range(count))
+def layer(part, kind, count=1):
+    more = {"cross": {"context_tokens": 77}, "joint": {"reads_t5": True}}.get(kind, {})
+    downsampling = 16 if part == "transformer" else 8
+    return (AttentionLayer("a layer", part, kind, 24, 64, downsampling, **more),) * count
 
 
 MODELS = {
     "a transformer that joins them": (
-        layer("transformer", "joint", 57, Joint) + layer("vae_encoder", "self") + layer("vae_decoder", "self"),
+        layer("transformer", "joint", 57) + layer("vae_encoder", "self") + layer("vae_decoder", "self"),
         "57 attention layers in the transformer, 2 in the VAE",
         "57 attention layers in the transformer (57 in which image and text look at each other), 2 in the VAE",
     ),
     "a transformer alone": (
-        layer("transformer", "joint", 24, Joint) + layer("transformer", "self", 13, Joint),
+        layer("transformer", "joint", 24) + layer("transformer", "self", 13),
         "37 attention layers in the transformer",
         "37 attention layers in the transformer (24 in which image and text look at each other, 13 in which the image "
         "looks at itself)",
@@ -204,8 +198,28 @@ def test_layers_are_counted_in_words(name):
     assert (counted(rows), counted(rows, kinds=True)) == (plain, with_kinds)
 
 
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("sd3_medium", "24 in which image and text look at each other), 2 in the VAE"),
+        ("sd35_medium", "24 in which image and text look at each other, 13 in which the image looks at itself)"),
+        ("flux_dev", "57 attention layers in the transformer (57 in which image and text look at each other)"),
+        ("sdxl_refiner", "88 attention layers in the U-Net (44 in which the image looks at itself, 44 in which"),
+    ],
+)
+def test_every_family_is_told_as_what_it_is(family, words):
+    asked = question(from_shapes(public_models.tensors(family)), 1000, 1024)
+    assert words in counted(asked.rows(), kinds=True)
+    assert all(row.cells() for row in asked.rows())
+
+
+def test_sizes_go_in_the_models_own_steps():
+    asked = question(from_shapes(public_models.tensors("sd3_medium")), 1000, 1024)
+    assert asked.notes[-1] == "Sizes go in steps of 16 pixels: 1000 x 1024 is computed as 992 x 1024."
+
+
 def test_a_joint_layer_is_told_as_one():
-    (row,) = question(Checkpoint("x", layer("transformer", "joint", 57, Joint), ()), 1024).rows()
+    (row,) = question(Checkpoint("x", layer("transformer", "joint", 57), ()), 1024).rows()
     cells = row.cells()
     assert cells["Where"] == "Transformer, image and text together"
     assert (cells["Tokens"], cells["Layers"], cells["Heads"]) == ("4352", "57", "24 x 64")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import Checkpoint, CheckpointError, read_attention_layers
+from ...checkpoint import Checkpoint, read_attention_layers
 from ...console import UserError
 from ..process import Failed, ask, serve
 from .shapes import Shape
@@ -45,7 +45,7 @@ def capture(checkpoint: str, size: tuple[int, int], folder: Path) -> dict[Shape,
 def _answer(question: dict) -> dict:
     try:
         captured = _captured(question["checkpoint"], question["size"])
-    except (UserError, CheckpointError) as error:
+    except UserError as error:
         return {"error": str(error)}
     answer = []
     for number, (shape, tensors) in enumerate(captured):

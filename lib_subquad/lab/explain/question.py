@@ -13,7 +13,7 @@ from ...plan import plan_problem
 from ...problem import Problem
 from ...settings import Settings
 from . import sizes
-from .rows import Row, is_vae
+from .rows import Row
 
 LARGEST_BATCH = 64
 
@@ -53,17 +53,17 @@ class Question:
     @property
     def layers(self) -> list[AttentionLayer]:
         """Those whose attention is ours."""
-        return [layer for layer in self.checkpoint.layers if (self.vae if is_vae(layer) else self.model)]
+        return [layer for layer in self.checkpoint.layers if (self.vae if layer.is_vae else self.model)]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The checkpoint's, and a sentence where an image of this size is not computed as asked for."""
-        factor = max((layer.latent_factor for layer in self.checkpoint.layers), default=1)
-        width, height = (side // factor * factor for side in (self.width, self.height))
+        step = max((layer.size_step for layer in self.checkpoint.layers), default=1)
+        width, height = (side - side % step for side in (self.width, self.height))
         if (width, height) == (self.width, self.height):
             return self.checkpoint.notes
         asked = f"{self.width} x {self.height}"
-        note = f"Sizes go in steps of {factor} pixels: {asked} is computed as {width} x {height}."
+        note = f"Sizes go in steps of {step} pixels: {asked} is computed as {width} x {height}."
         return (*self.checkpoint.notes, note)
 
     def rows(self) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...checkpoint import AttentionLayer
 from ...plan import Plan
 from ...problem import Problem, item_bytes
 from .. import tables
@@ -30,7 +29,7 @@ class Row:
 
     @property
     def is_vae(self) -> bool:
-        return is_vae(self)
+        return self.part.startswith("vae")
 
     @property
     def call_bytes(self) -> int:
@@ -56,8 +55,3 @@ class Row:
             "Workspace": tables.memory(plan.workspace_bytes),
             "Why": "; ".join(plan.reasons),
         }
-
-
-def is_vae(layer: AttentionLayer | Row) -> bool:
-    """Whether it is the VAE's: neither the U-Net's nor the transformer's."""
-    return layer.part.startswith("vae")
