@@ -7,7 +7,7 @@ from html import escape
 
 from ..lab import tables
 from ..lab.explain.question import Question
-from ..lab.explain.words import counted, size_in_words
+from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import Trial, about_as_fast
 from ..settings import Option, shown
@@ -99,7 +99,7 @@ def plan_table(question: Question) -> str:
     notes = "".join(line(escape(note)) for note in question.notes)
     if not rows:
         return CSS + warning(f"{family}: no attention layer that subquad serves.") + notes
-    summary = f"<b>{escape(family)}</b>: {counted(rows, kinds=True)}."
+    summary = f"<b>{escape(family)}</b>: {layers_in_words(rows, kinds=True)}."
     table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
     size = size_in_words(question, term("memory limit", "Memory limit"), "<b>{}</b>".format)
     return CSS + line(summary) + table + line(size) + notes

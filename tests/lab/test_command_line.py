@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib_subquad import __main__ as command_line
+from lib_subquad.console import UserError
 from lib_subquad.lab.commands import files, lab
 from lib_subquad.lab.tune.exploration import Progress
 
@@ -205,6 +206,20 @@ def test_only_a_closed_pipe_is_passed_over(error, system, quiet, monkeypatch, ca
         assert capsys.readouterr() == ("", "")
     else:
         with pytest.raises(OSError, match="Invalid argument|No space"):
+            command_line.main(["x"])
+
+
+@pytest.mark.parametrize(("error", "told"), [(UserError("a sentence"), True), (ValueError("a fault of ours"), False)])
+def test_a_fault_of_ours_does_not_pass_for_the_users(error, told, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    command = SimpleNamespace(__doc__="x", add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(command_line, "COMMANDS", {"x": (command, "x")})
+    if told:
+        assert command_line.main(["x"]) == 2 and capsys.readouterr().err == "x: a sentence\n"
+    else:
+        with pytest.raises(ValueError, match="a fault of ours"):
             command_line.main(["x"])
 
 

@@ -15,7 +15,7 @@ from lib_subquad.console import UserError
 from lib_subquad.device import GIB
 from lib_subquad.lab.explain.question import LARGEST_BATCH, Question
 from lib_subquad.lab.explain.sizes import LARGEST_SIDE, parse_size
-from lib_subquad.lab.explain.words import counted, size_in_words
+from lib_subquad.lab.explain.words import layers_in_words, size_in_words
 from tests.checkpoint import public_models
 
 DATA = Path(__file__).parents[1] / "data"
@@ -111,6 +111,13 @@ def test_no_image_fits_no_memory():
     )
 
 
+def test_a_size_between_two_steps_that_fits_is_not_said_not_to():
+    asked = question(checkpoint("sd15"), 1000)
+    enough = max(row.call_bytes for row in asked.rows()) * 100 // 70 + 1
+    assert "does not fit" not in size_in_words(dataclasses.replace(asked, free_bytes=enough))
+    assert "An image of 1024 x 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
+
+
 def test_the_largest_image_that_is_named_can_be_asked_about():
     asked = question(checkpoint("sd15"), 768, 512, free=2**60)
     assert asked.largest_image()[0] == LARGEST_SIDE
@@ -195,7 +202,7 @@ MODELS = {
 def test_layers_are_counted_in_words(name):
     layers, plain, with_kinds = MODELS[name]
     rows = question(Checkpoint(name, layers, ())).rows()
-    assert (counted(rows), counted(rows, kinds=True)) == (plain, with_kinds)
+    assert (layers_in_words(rows), layers_in_words(rows, kinds=True)) == (plain, with_kinds)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +216,7 @@ def test_layers_are_counted_in_words(name):
 )
 def test_every_family_is_told_as_what_it_is(family, words):
     asked = question(from_shapes(public_models.tensors(family)), 1000, 1024)
-    assert words in counted(asked.rows(), kinds=True)
+    assert words in layers_in_words(asked.rows(), kinds=True)
     assert all(row.cells() for row in asked.rows())
 
 

@@ -81,8 +81,7 @@ class Question:
         return sorted(rows, key=lambda row: row.problem.queries * row.problem.keys * row.problem.heads, reverse=True)
 
     def largest_image(self) -> tuple[int, int] | None:
-        """(width, height) of the largest image in these proportions whose every attention call, its queries, keys,
-        values and result included, stays inside the memory limit; None where not even the smallest does.
+        """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
 
         Multiples of `sizes.STEP`, at most `sizes.LARGEST_SIDE`. What the model needs beside attention is not known
         here.
@@ -92,10 +91,11 @@ class Question:
         while low < high:
             middle = (low + high) // 2
             width, height = candidates[middle]
-            fits = replace(self, width=width, height=height)._fits()
+            fits = replace(self, width=width, height=height).fits()
             low, high = (middle + 1, high) if fits else (low, middle)
         return candidates[low - 1] if low else None
 
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
+        """Whether every attention call of this size stays inside the memory limit, all that it holds included."""
         limit = self.free_bytes * self.settings.memory_limit // 100
         return all(row.call_bytes <= limit for row in self.rows())

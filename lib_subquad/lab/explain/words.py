@@ -17,7 +17,7 @@ LOOKS = {
 }
 
 
-def counted(rows: Sequence[Row], kinds: bool = False) -> str:
+def layers_in_words(rows: Sequence[Row], kinds: bool = False) -> str:
     """How many attention layers there are and where, such as "32 attention layers in the U-Net, 2 in the VAE"; with
     `kinds` also what looks at what in those of the U-Net or transformer."""
     vae, model = Counter(), Counter()
@@ -44,6 +44,6 @@ def size_in_words(question: Question, limit: str = "memory limit", strong: Calla
             f"Largest image in these proportions whose attention stays inside the {limit}: "
             f"{strong('{} x {}'.format(*largest))}{more}. The rest of the model needs memory as well."
         )
-    if largest is None or max(largest) < max(question.width, question.height):
+    if not question.fits():
         told = f"{strong(f'An image of {question.width} x {question.height} does not fit.')} {told}"
     return told
