@@ -28,7 +28,8 @@ class Rules:
     are for each thread where `threads_share`: the threads of the portable engine's own then work on tiles of their own.
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
     `masks_in_rows`: fused kernels read a mask only with its keys side by side. `cudnn`: PyTorch may take cuDNN's, whose
-    rows that may attend to nothing are not zeros.
+    rows that may attend to nothing are not zeros. `widest_in_registers`: of half-precision values wider than this a
+    fused kernel keeps the results in float32 as well.
     """
 
     no_fused: str = ""
@@ -43,6 +44,7 @@ class Rules:
     threads_share: bool = False
     masks_in_rows: bool = True
     cudnn: bool = False
+    widest_in_registers: int | None = None
 
     @property
     def keeps_scores(self) -> bool:
@@ -67,7 +69,9 @@ RULES = {
     # long as 128, 8 MiB 1.6-3.2 times, 512 MiB 0.8-0.97 times.
     # cuDNN: PyTorch makes -65504 of a bool mask's False up to torch 2.11, and a row of nothing attends to everything
     # (PyTorch #177842). It comes first on Hopper and datacentre Blackwell.
-    "cuda": Rules(cudnn=True),
+    # Width: PyTorch's mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; 32 MiB at 1 x 16384 x 512 in
+    # float16, measured on an H200.
+    "cuda": Rules(cudnn=True, widest_in_registers=128),
     "rocm": Rules(),
     "zluda": Rules(),
     # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be

@@ -123,6 +123,9 @@ def _attend_bytes(problem: Problem, queries: int) -> int:
     kernel = heads * queries * max(item, 4)  # the logsumexp
     if problem.device.type == "cpu":
         kernel += _cpu_kernel_bytes(problem, queries)
+    widest = devices.rules(problem.device).widest_in_registers
+    if widest is not None and problem.value_width > widest and item == 2:
+        kernel += heads * queries * problem.value_width * 4
     result = heads * queries * problem.value_width
     after = result * item_bytes(problem.value_dtype) if problem.value_dtype != problem.upcast_dtype else 0
     if _may_open(problem):
