@@ -29,7 +29,7 @@ class Rules:
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
     `masks_in_rows`: fused kernels read a mask only with its keys side by side. `cudnn`: PyTorch may take cuDNN's, whose
     rows that may attend to nothing are not zeros. `widest_in_registers`: of half-precision values wider than this a
-    fused kernel keeps the results in float32 as well.
+    fused kernel keeps the results in float32 as well. `most_entries`: so many of a batch, or heads, fused kernels take.
     """
 
     no_fused: str = ""
@@ -45,6 +45,7 @@ class Rules:
     masks_in_rows: bool = True
     cudnn: bool = False
     widest_in_registers: int | None = None
+    most_entries: int | None = None
 
     @property
     def keeps_scores(self) -> bool:
@@ -71,8 +72,9 @@ RULES = {
     # (PyTorch #177842). It comes first on Hopper and datacentre Blackwell.
     # Width: PyTorch's mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; 32 MiB at 1 x 16384 x 512 in
     # float16, measured on an H200.
-    "cuda": Rules(cudnn=True, widest_in_registers=128),
-    "rocm": Rules(),
+    # Entries: PyTorch #142228, #146704; in float32 65,536 heads are an "invalid argument" on an H200 with torch 2.11.
+    "cuda": Rules(cudnn=True, widest_in_registers=128, most_entries=65_535),
+    "rocm": Rules(most_entries=65_535),
     "zluda": Rules(),
     # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be
     # contiguous: web UI PR #10201. SDPA there materialises the scores and loses half-precision accuracy beyond some

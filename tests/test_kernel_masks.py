@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -245,3 +246,30 @@ def test_the_copies_of_a_mask_are_within_the_plan(gpu, monkeypatch, peak_bytes, 
     measured = peak - Problem.of(query, key, value).output_bytes
     copy = mask.expand(*mask.shape[:-1], keys).numel() * (1 if dtype == torch.bool else 4)  # its layout may need one
     assert measured - 64 <= plans[0].workspace_bytes <= 1.5 * measured + copy + (1 << 16), (measured, plans[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (11, 1), (3, 11), (11, 7)], ids=str)
+@pytest.mark.parametrize("mask", [None, (1, 1), "all"], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_more_entries_or_heads_than_the_kernel_takes(monkeypatch, gpu, reference, shape, mask, grad):
+    """Entries are counted in thousands by motion modules, each of a few tokens."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, tokens, WIDTH, requires_grad=grad) for tokens in (QUERIES, KEYS, KEYS)]
+    if mask is not None:
+        mask = random_mask(*(shape if mask == "all" else mask), QUERIES, KEYS)
+    expected = reference(*inputs, mask)
+    gpu(EFFICIENT)
+    monkeypatch.setattr(fused.pytorch, "call", lambda *tensors, **more: at_most_4(*tensors, **more))
+    monkeypatch.setitem(devices.RULES, "cuda", dataclasses.replace(devices.RULES["cuda"], most_entries=4))
+    plans = []
+    output = attention(*inputs, mask=mask, report=plans.append)
+    assert plans[0].engine == "fused"
+    torch.testing.assert_close(output, expected.float(), atol=1e-5, rtol=0)
+    if grad:
+        for one, other in zip(torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+            torch.testing.assert_close(one, other.float(), atol=1e-4, rtol=0)
+
+
+def at_most_4(query, key, value, attn_mask, scale):
+    assert max(query.shape[:2]) <= 4
+    return OWN(query, key, value, attn_mask=attn_mask, scale=scale)

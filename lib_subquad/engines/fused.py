@@ -7,6 +7,7 @@ that were rounded to half costs up to 19 times the error.
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -130,6 +131,8 @@ def _attend_bytes(problem: Problem, queries: int) -> int:
     after = result * item_bytes(problem.value_dtype) if problem.value_dtype != problem.upcast_dtype else 0
     if _may_open(problem):
         after = max(after, result * item)  # without the rows of nothing
+    if max(problem.batch, problem.heads) > (devices.rules(problem.device).most_entries or math.inf):
+        after = max(after, result * item)  # put together from parts
     return cast + mask.ours + max(mask.making, result * item + max(mask.kernels + kernel, after))
 
 
@@ -194,10 +197,24 @@ def attend(
         if devices.rules(problem.device).cudnn and _takes_cudnn(query, key, value, mask):
             nothing = _rows_of_nothing(mask)
             mask = _opened(mask, nothing) if problem.grad else mask
-    output = pytorch.call(query, key, value, attn_mask=mask, scale=scale)
+    output = _in_parts(query, key, value, mask, scale, devices.rules(problem.device).most_entries)
     if nothing is not None:
         output = output.masked_fill(nothing, 0.0) if problem.grad else output.masked_fill_(nothing, 0.0)
     return output.to(problem.value_dtype), None
+
+
+def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, most: int | None) -> Tensor:
+    """The kernel's result, in calls of no more batch entries and heads than it takes."""
+    dim = next((dim for dim in (0, 1) if most is not None and query.shape[dim] > most), None)
+    if dim is None:
+        return pytorch.call(query, key, value, attn_mask=mask, scale=scale)
+    parts = []
+    for start in range(0, query.shape[dim], most):
+        length = min(most, query.shape[dim] - start)
+        tensors = [tensor.narrow(dim, start, length) for tensor in (query, key, value)]
+        masked = mask is not None and mask.shape[dim] > 1
+        parts.append(_in_parts(*tensors, mask.narrow(dim, start, length) if masked else mask, scale, most))
+    return torch.cat(parts, dim)
 
 
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
