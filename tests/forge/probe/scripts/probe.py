@@ -173,7 +173,9 @@ def _original(value):
 
 def _attends(function):
     code = getattr(function, "__code__", None) if type(function) is types.FunctionType else None
-    return code is not None and "attention" in code.co_name and code.co_varnames[:3] in QUERY_KEY_VALUE
+    if code is None or "attention" not in code.co_name or code.co_varnames[:3] not in QUERY_KEY_VALUE:
+        return False
+    return code.co_argcount == 3 or code.co_varnames[3] == "heads"  # one with positions asks one of these
 
 
 def _has_heads(value):
