@@ -62,6 +62,7 @@ class Kind:
 
 
 MASK = {"attention_mask": lambda: (torch.arange(TEXT) < torch.tensor([[TEXT], [TEXT - 8]])).long()}
+MASK_OF_ALL = {"attention_mask": lambda: MASK["attention_mask"]()[1:]}  # those two take no other of two images
 KINDS = {
     "flux": Kind(
         ("backend.nn.flux:IntegratedFluxTransformer2DModel", "ldm_patched.ldm.flux.model:Flux"), FLUX,
@@ -109,11 +110,11 @@ KINDS = {
     ),
     "hunyuan video": Kind(
         ("ldm_patched.ldm.hunyuan_video.model:HunyuanVideo",),
-        {**FLUX, "patch_size": [1, 2, 2], "theta": 256}, (16, 2, 6, 10), MASK,
+        {**FLUX, "patch_size": [1, 2, 2], "theta": 256}, (16, 2, 6, 10), MASK_OF_ALL,
     ),
     "lumina": Kind(
         ("ldm_patched.ldm.lumina.model:NextDiT", "backend.nn.lumina2:Lumina2DiT"), LUMINA, (16, 7, 9),
-        {**MASK, "num_tokens": lambda: TEXT},
+        {**MASK_OF_ALL, "num_tokens": lambda: TEXT},
     ),
     "omnigen": Kind(
         ("ldm_patched.ldm.omnigen.omnigen2:OmniGen2Transformer2DModel",),
