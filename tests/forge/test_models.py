@@ -10,7 +10,7 @@ SIZE = {"width": 64, "height": 64}
 ROUNDING = {"float32": (2e-5, "portable"), "bfloat16": (2e-2, "automatic"), "float16": (3e-3, "portable")}
 KINDS = (
     "flux", "flux2", "chroma", "chroma by patches", "sd3", "sd3.5", "aura", "cosmos", "cosmos predict2", "anima", "wan",
-    "wan of one frame", "hunyuan video", "lumina", "omnigen", "ltx video", "ernie", "krea2", "vae", "vae by a config",
+    "wan of one frame", "hunyuan video", "lumina", "omnigen", "ltx video", "krea2", "vae", "vae by a config",
     "wan vae",
 )  # fmt: skip
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from modules import script_callbacks, scripts
+from modules import script_callbacks, scripts, shared
 
 LOADED_AT_START = set(sys.modules)
 BATCH, TEXT, CONTEXT, POOLED = 2, 21, 48, 32
 TIMES = ("t", "timestep", "timesteps")
 # Where a generation of tests leaves what is to be run, and what came of it; outlives "Reload UI".
 KEPT = sys.modules.setdefault("subquad_probe_models", types.ModuleType("subquad_probe_models"))
+shared.opts.data.setdefault("use_dynamicPE", False)  # one that has it forgets it where there is no page
 KEPT.waiting = KEPT.asked = None
 KEPT.results = []
 
@@ -127,11 +128,6 @@ KINDS = {
         {"in_channels": 16, "cross_attention_dim": 256, "attention_head_dim": 64, "num_attention_heads": 4,
          "caption_channels": CONTEXT, "num_layers": 2},
         (16, 2, 6, 10), MASK,
-    ),
-    "ernie": Kind(
-        ("backend.nn.ernie:ERNIEImageModel",),
-        {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 512, "text_in_dim": CONTEXT},
-        (32, 7, 9),
     ),
     "krea2": Kind(
         ("backend.nn.krea2:SingleStreamDiT",),
