@@ -31,7 +31,7 @@ def known(server) -> dict[str, dict]:
 
 
 def check(server, known, kind: str, dtype: str, **how) -> None:
-    """As its own attention computes it, and every call is ours; then the module holds what it held."""
+    """As its own attention computes it, and every call is ours; then nothing of ours is left."""
     if kind not in known:
         pytest.skip(f"there is no {kind} here")
     if known[kind]["large"] and dtype != "float32":
@@ -50,7 +50,9 @@ def check(server, known, kind: str, dtype: str, **how) -> None:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks(server, known, kind, dtype):
+    held = server.call("/probe/held")
     check(server, known, kind, dtype)
+    assert held.items() <= server.call("/probe/held").items()
 
 
 @pytest.mark.parametrize("kind", KINDS)

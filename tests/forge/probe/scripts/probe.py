@@ -85,6 +85,11 @@ def routes(_page, app):
             found += [f"a {type(layer).__name__}.{name}" for name, value in vars(layer).items() if _is_ours(value)]
         return sorted(found)
 
+    @app.get("/probe/held")
+    def held():
+        """The names that hold a function of attention of the web UI's own: name -> which."""
+        return {f"{module.__name__}.{name}": id(value) for module, name, value in _names() if _attends(value)}
+
     @app.get("/probe/options")
     def options():
         """All settings; the web UI's own route may leave out those of extensions."""
