@@ -63,7 +63,7 @@ class Kind:
 
 
 MASK = {"attention_mask": lambda: (torch.arange(TEXT) < torch.tensor([[TEXT], [TEXT - 8]])).long()}
-MASK_OF_ALL = {"attention_mask": lambda: MASK["attention_mask"]()[1:]}  # those two take no other of two images
+MASK_OF_ALL = {"attention_mask": lambda: MASK["attention_mask"]()[1:]}  # of two images it takes no other
 KINDS = {
     "flux": Kind(
         ("backend.nn.flux:IntegratedFluxTransformer2DModel", "ldm_patched.ldm.flux.model:Flux"), FLUX,
@@ -115,7 +115,7 @@ KINDS = {
     ),
     "lumina": Kind(
         ("ldm_patched.ldm.lumina.model:NextDiT", "backend.nn.lumina2:Lumina2DiT"), LUMINA, (16, 7, 9),
-        {**MASK_OF_ALL, "num_tokens": lambda: TEXT},
+        {"num_tokens": lambda: TEXT},
     ),
     "omnigen": Kind(
         ("ldm_patched.ldm.omnigen.omnigen2:OmniGen2Transformer2DModel",),
