@@ -17,9 +17,10 @@ FEW_COLUMNS = 5
 MOST_TRIED = 8
 
 TERMS = {
-    "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
+    "Where": "The part of the model that has these layers. The U-Net, or a transformer in its place, makes the image; "
+    "the VAE turns it into pixels.",
     "Layers": "How many layers of the model work on this shape, each once in every sampling step.",
-    "Tokens": "The pieces that attention compares: small patches of the image, or words of the prompt (77 at a time).",
+    "Tokens": "The pieces that attention compares: small patches of the image, or of the prompt's words.",
     "Heads": "Attention looks at the image in several independent ways at once, and at all images of a batch, with and "
     "without the prompt. Number of all these heads x width of each.",
     "Engine": "What computes attention: fused is PyTorch's built-in fast kernel, portable runs on every device.",
