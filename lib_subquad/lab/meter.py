@@ -75,16 +75,20 @@ def _high_water_mark() -> Stop | None:
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # down to what is resident now: proc(5)
-        before = _status_bytes("VmRSS:")
-        _status_bytes("VmHWM:")
+    except OSError:
+        return None
+    before = _status_bytes("VmRSS:")
+    if before is None or _status_bytes("VmHWM:") is None:
+        return None
+    return lambda: (_status_bytes("VmHWM:") or before) - before
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return None
-    return lambda: _status_bytes("VmHWM:") - before
-
-
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def _samples() -> Stop | None:
