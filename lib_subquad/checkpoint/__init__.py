@@ -15,11 +15,12 @@ from pathlib import Path
 
 from . import families, header
 from . import heads as rules
-from .layers import PROMPT_TOKENS, AttentionLayer, Checkpoint, CheckpointError
+from .layers import PROMPT_TOKENS, T5_TOKENS, AttentionLayer, Checkpoint, CheckpointError
 from .tensors import Tensors, named
 
 __all__ = [
     "PROMPT_TOKENS",
+    "T5_TOKENS",
     "AttentionLayer",
     "Checkpoint",
     "CheckpointError",

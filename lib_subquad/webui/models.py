@@ -42,8 +42,9 @@ def question(title: str | None, width: object, height: object, batch: object) ->
     checkpoint, settings = read(title), host().settings()
     if not host().active:
         checkpoint = replace(checkpoint, notes=(NOT_ACTIVE, *checkpoint.notes))
-    dtype, device, parts = host().dtype(), host().device(), host().parts(settings)
-    return Question(checkpoint, width, height, batch, dtype, device, settings, model=UNET in parts, vae=VAE in parts)
+    here, parts = host(), host().parts(settings)
+    more = {"t5_tokens": here.t5_tokens, "model": UNET in parts, "vae": VAE in parts}
+    return Question(checkpoint, width, height, batch, here.dtype(), here.device(), settings, **more)
 
 
 def _read_loaded() -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import struct
 from collections import Counter
@@ -10,19 +9,9 @@ from pathlib import Path
 
 from lib_subquad.checkpoint import Checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I64": 8}
-
-
-def real_header(name: str) -> dict[str, list]:
-    """name -> [dtype, shape] of a real checkpoint's U-Net and VAE."""
-    return json.loads(gzip.decompress((DATA / f"header_{name}.json.gz").read_bytes()))
-
-
-def real_shapes(name: str) -> dict[str, list[int]]:
-    return {key: shape for key, (_, shape) in real_header(name).items()}
 
 
 def unet(

@@ -7,7 +7,8 @@ import pytest
 from lib_subquad.checkpoint import CheckpointError, from_shapes, read_attention_layers
 from lib_subquad.checkpoint.families import others
 from lib_subquad.checkpoint.tensors import Tensors
-from tests.checkpoint.making import UNET, VAE, real_shapes, tensor, unet, vae, write
+from tests.checkpoint.making import UNET, VAE, tensor, unet, vae, write
+from tests.checkpoint.public_models import tensors
 
 pytest.importorskip("safetensors")
 
@@ -200,7 +201,7 @@ def test_models_as_diffusers_saves_them(name, options, family):
 
 def test_real_unets_and_vaes_are_no_add_ons():
     for name in ("sd15", "sdxl_base"):
-        shapes = real_shapes(name)
+        shapes = tensors(name)
         alone = {key.removeprefix(VAE): shape for key, shape in shapes.items() if key.startswith(VAE)}
         assert from_shapes(alone).family == "VAE"
         for prefix in (UNET, ""):

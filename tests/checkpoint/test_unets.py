@@ -17,18 +17,18 @@ from tests.checkpoint.making import (
     VAE,
     entries,
     kinds,
-    real_shapes,
     rows,
     unet,
     vae,
     write,
 )
+from tests.checkpoint.public_models import tensors
 
 pytest.importorskip("safetensors")
 
 
 def test_sd15_at_512():
-    checkpoint = from_shapes(real_shapes("sd15"))
+    checkpoint = from_shapes(tensors("sd15"))
     assert checkpoint.family == "Stable Diffusion 1.x"
     assert kinds(checkpoint) == {
         ("unet", "self"): 16, ("unet", "cross"): 16, ("vae_encoder", "self"): 1, ("vae_decoder", "self"): 1
@@ -45,7 +45,7 @@ def test_sd15_at_512():
 
 
 def test_sdxl_base_at_1024():
-    checkpoint = from_shapes(real_shapes("sdxl_base"))
+    checkpoint = from_shapes(tensors("sdxl_base"))
     assert checkpoint.family == "SDXL base"
     assert kinds(checkpoint) == {
         ("unet", "self"): 70, ("unet", "cross"): 70, ("vae_encoder", "self"): 1, ("vae_decoder", "self"): 1
@@ -59,7 +59,7 @@ def test_sdxl_base_at_1024():
 
 
 def test_layers_are_named_and_stand_in_the_order_they_run():
-    names = [layer.name for layer in from_shapes(real_shapes("sdxl_base")).layers]
+    names = [layer.name for layer in from_shapes(tensors("sdxl_base")).layers]
     assert names[0] == "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1"
     assert names[1] == "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2"
     assert names[-3] == "model.diffusion_model.output_blocks.5.1.transformer_blocks.1.attn2"
@@ -69,21 +69,21 @@ def test_layers_are_named_and_stand_in_the_order_they_run():
 
 @pytest.mark.parametrize("name, options", [("sd15", SD1), ("sdxl_base", SDXL)])
 def test_the_checkpoints_made_here_agree_with_the_real_ones(name, options):
-    real, made = real_shapes(name), unet(**options)
+    real, made = tensors(name), unet(**options)
     assert made.items() <= real.items()
     assert from_shapes(made | vae()).layers == from_shapes(real).layers
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="needs sparse files")
 def test_a_file_of_6_9_gigabytes(file):
-    shapes = real_shapes("sdxl_base")
+    shapes = tensors("sdxl_base")
     for i in range(587):  # stands for the two text encoders: the real file has 2515 tensors
         shapes[f"conditioner.embedders.1.model.transformer.resblocks.{i}.weight"] = [1280, 1090]
     header, data = entries(shapes)
     assert 6.9e9 < data < 7e9
     checkpoint = read_attention_layers(write(file, header | {"__metadata__": {"format": "pt"}}, data))
     assert checkpoint.family == "SDXL base"
-    assert checkpoint.layers == from_shapes(real_shapes("sdxl_base")).layers
+    assert checkpoint.layers == from_shapes(tensors("sdxl_base")).layers
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E4M3"])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.making import entries, write
+from tests.checkpoint.public_models import tensors
+
 ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"
 COMMAND = [sys.executable, "-m", "lib_subquad"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
 
@@ -22,22 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A full-size SD 1.5 file to whoever reads its header only: the rest of it is a hole."""
-    with gzip.open(DATA / "header_sd15.json.gz", "rt") as file:
-        shapes = json.load(file)
-    header, end = {}, 0
-    for name, entry in shapes.items():
-        shape = entry[1] if isinstance(entry[0], str) else entry
-        count = 2
-        for size in shape:
-            count *= size
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + count]}
-        end += count
-    text = json.dumps(header).encode()
-    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return path
+    return write(tmp_path_factory.mktemp("checkpoint") / "model.safetensors", *entries(tensors("sd15")))
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

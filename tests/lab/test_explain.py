@@ -2,9 +2,6 @@
 every kind."""
 
 import dataclasses
-import gzip
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +15,11 @@ from lib_subquad.lab.explain.sizes import LARGEST_SIDE, parse_size
 from lib_subquad.lab.explain.words import layers_in_words, size_in_words
 from tests.checkpoint import public_models
 
-DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
 
 
 def checkpoint(name):
-    with gzip.open(DATA / f"header_{name}.json.gz", "rt") as file:
-        header = json.load(file)
-    return from_shapes({key: entry[1] if isinstance(entry[0], str) else entry for key, entry in header.items()})
+    return from_shapes(public_models.tensors(name))
 
 
 def question(found, width=512, height=None, free=8 * GIB, dtype=torch.float32, settings=Settings(), **parts):
@@ -237,3 +231,20 @@ def test_a_transformer_is_not_taken_for_a_vae():
     found = Checkpoint("x", MODELS["a transformer that joins them"][0], ())
     assert [it.part for it in question(found, vae=False).layers] == ["transformer"] * 57
     assert [it.part for it in question(found, model=False).layers] == ["vae_encoder", "vae_decoder"]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("sd3_medium", "77 tokens of CLIP and 77 tokens of T5"),
+        ("flux_dev", "77 tokens of T5"),
+        ("sdxl_base", ""),
+    ],
+)
+def test_the_prompt_in_the_sequence_of_the_image_is_counted_and_told(name, says):
+    asked = question(checkpoint(name), 1024, t5_tokens=77)
+    tokens = {row.problem.queries for row in asked.rows() if row.kind == "joint"}
+    assert tokens == ({4096 + 77 + 77} if "CLIP" in says else {4096 + 77} if says else set())
+    assert [note for note in asked.notes if "prompt is counted" in note][:1] == (
+        [f"The prompt is counted as {says}; a longer one has more."] if says else []
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ... import device as devices
-from ...checkpoint import AttentionLayer, Checkpoint
+from ...checkpoint import PROMPT_TOKENS, T5_TOKENS, AttentionLayer, Checkpoint
 from ...plan import plan_problem
 from ...problem import Problem
 from ...settings import Settings
@@ -24,6 +24,7 @@ class Question:
 
     Attributes:
         width, height: of an image, in pixels; batch: images made at once. Taken as they were typed or sent.
+        t5_tokens: how long a prompt is for T5, where the model reads it.
         model, vae: whether attention is ours in the U-Net or transformer, and in the VAE.
         free_bytes: of the device; asked for where it is not given, once, so that all answers go by the same.
 
@@ -38,6 +39,7 @@ class Question:
     dtype: torch.dtype
     device: torch.device
     settings: Settings
+    t5_tokens: int = T5_TOKENS
     model: bool = True
     vae: bool = True
     free_bytes: int | None = None
@@ -57,20 +59,30 @@ class Question:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The checkpoint's, and a sentence where an image of this size is not computed as asked for."""
+        """The checkpoint's, and a sentence where the prompt's or the image's size may not be as asked for."""
+        return (*self.checkpoint.notes, *self._prompt_note(), *self._size_note())
+
+    def _prompt_note(self) -> list[str]:
+        """How many tokens of the prompt stand in one sequence with the image's: of their number plans depend."""
+        layer = next((layer for layer in self.layers if layer.kind == "joint"), None)
+        if layer is None or not layer.reads_t5:
+            return []
+        clip = f"{PROMPT_TOKENS} tokens of CLIP and " if layer.context_tokens else ""
+        return [f"The prompt is counted as {clip}{self.t5_tokens} tokens of T5; a longer one has more."]
+
+    def _size_note(self) -> list[str]:
         step = max((layer.size_step for layer in self.checkpoint.layers), default=1)
         width, height = (side - side % step for side in (self.width, self.height))
         if (width, height) == (self.width, self.height):
-            return self.checkpoint.notes
+            return []
         asked = f"{self.width} x {self.height}"
-        note = f"Sizes go in steps of {step} pixels: {asked} is computed as {width} x {height}."
-        return (*self.checkpoint.notes, note)
+        return [f"Sizes go in steps of {step} pixels: {asked} is computed as {width} x {height}."]
 
     def rows(self) -> list[Row]:
         """A row for every distinct shape among the layers, the costliest first."""
         counted = Counter()
         for layer in self.layers:
-            shapes = layer.shapes(self.width, self.height, self.batch)
+            shapes = layer.shapes(self.width, self.height, self.batch, t5_tokens=self.t5_tokens)
             upcast = self.settings.upcast == "always"
             problem = Problem.from_shapes(*shapes, self.dtype, self.device, upcast=upcast)
             counted[layer.part, layer.kind, problem] += 1

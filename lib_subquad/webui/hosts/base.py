@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from modules import shared
 
+from ...checkpoint import T5_TOKENS
 from ...console import UserError
 from ...settings import Settings
 from .. import options
@@ -66,6 +67,7 @@ class Host:
     web UI happens to have loaded: nothing here needs a name that another one lacks.
     """
 
+    t5_tokens = T5_TOKENS  # what a prompt is filled up to for T5, in models that read it
     has_switch = False  # whether *Use subquad* is a setting of ours, because the web UI offers no choice of attention
     active = False  # whether attention of the next image is ours
 
