@@ -13,7 +13,7 @@ OTHER_IMPLS = """
 import torch
 
 def attention(q, k, v, heads, mask=None):
-    q, k, v = (it.unflatten(-1, (heads, -1)).transpose(1, 2) for it in (q, k, v))
+    q, k, v = (it.reshape(len(q), -1, heads, q.shape[-1] // heads).transpose(1, 2) for it in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 class CLIPAttention(torch.nn.Module):
@@ -34,8 +34,12 @@ class JointBlock(torch.nn.Module):
         self.heads = heads
         self.of_text, self.of_image = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, 3 * width)
 
+    def project(self, projection, tokens):
+        q, k, v = projection(tokens).chunk(3, -1)
+        return q, k, v.unflatten(-1, (self.heads, -1))  # the heads of values are apart already
+
     def forward(self, text, image):
-        parts = zip(self.of_text(text).chunk(3, -1), self.of_image(image).chunk(3, -1))
+        parts = zip(self.project(self.of_text, text), self.project(self.of_image, image))
         made = attention(*(torch.cat(part, 1) for part in parts), self.heads)
         return text + made[:, : text.shape[1]], image + made[:, text.shape[1] :]
 

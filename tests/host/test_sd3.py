@@ -186,7 +186,7 @@ def test_the_web_ui_switches_it_off_without_telling_us(sd3):
 
 def test_a_guests_function_stays_and_the_status_tells_whose(sd3):
     names, mmdit = {}, sd3_host.module("mmdit")
-    exec(compile("def guest(q, k, v, heads, mask=None): return v", "/web ui/extensions/sd-guest/x.py", "exec"), names)
+    exec(compile("def guest(q, k, v, heads, mask=None): return q", "/web ui/extensions/sd-guest/x.py", "exec"), names)
     for first, then in (("sdp", "subquad"), ("subquad", "sdp")):
         sd3.select(first)
         own, mmdit.attention = mmdit.attention, names["guest"]
