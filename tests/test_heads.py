@@ -99,6 +99,19 @@ def by_positions(query, key, value):
 # ------------------------------------------------------------------------------------------------------------- heads
 
 
+@pytest.mark.parametrize("parts", ["v", "k", "kv"])
+@pytest.mark.parametrize("batches", [1, 2, 4])
+def test_keys_and_values_whose_heads_are_apart_already(settings, parts, batches):
+    """The blocks of SD 3 put heads of queries and keys side by side, and leave those of values as they were split."""
+    query, key, value = projections(batch=4)
+    key, value = (it[:batches] for it in (key, value))
+    expected = heads_attention(query, key, value, HEADS, settings=settings)
+    key, value = (it.unflatten(-1, (HEADS, -1)) if part in parts else it for part, it in (("k", key), ("v", value)))
+    close(heads_attention(query, key, value, HEADS, settings=settings), expected)
+    with pytest.raises(ValueError, match="do not have 3 dimensions"):
+        heads_attention(query, key, value, HEADS // 2, settings=settings)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -30,10 +30,10 @@ def heads_attention(
 
     Args:
         query: [batch, tokens, heads * width]; or [batch, heads, tokens, width] where `skip_reshape`.
-        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Its heads may be
-            apart, [batch, tokens, heads, width], as SD 3 leaves those of value. Of another number of batch entries,
-            consecutive queries share out the tokens of one (as Hypertile leaves them), or a query has those of several
-            (IP-Adapter with several images), as a view by query's number has them.
+        key: the same with the tokens that are asked, or [batch, tokens, heads, width] (as SD 3's blocks leave values);
+            any floating-point dtype, and query's decides. Of another number of batch entries, consecutive queries share
+            out the tokens of one (as Hypertile leaves them), or a query has those of several (IP-Adapter with several
+            images), as a view by query's number has them.
         value: as key; its width may differ.
         heads: how many.
         mask: bool (True = may attend) or floating point (added to the scores); [tokens, key tokens], [batch, key
@@ -51,8 +51,7 @@ def heads_attention(
         ValueError: what is not known how to compute; the message names it in a few words.
     """
     if not skip_reshape:
-        key, value = (_heads_side_by_side(it, heads) for it in (key, value))
-        key, value = _in_batches_of(query, key, value)
+        key, value = _in_batches_of(query, *(_side_by_side(it, heads) for it in (key, value)))
     if reason := _why_not(query, key, value, heads, mask, skip_reshape=skip_reshape):
         raise ValueError(reason)
     if not skip_reshape:
@@ -121,7 +120,8 @@ def _why_not_spatial(query, key, value) -> str:
     return "feature maps without channels or positions" if 0 in query.shape[1:] else ""
 
 
-def _heads_side_by_side(tensor: Tensor, heads: int) -> Tensor:
+def _side_by_side(tensor: Tensor, heads: int) -> Tensor:
+    """Channels of heads that are apart already, as a view by the number of heads has them."""
     apart = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[2] == heads
     return tensor.flatten(2) if apart else tensor
 

@@ -1,7 +1,7 @@
 """The forwards of latent diffusion's attention layers.
 
 `CrossAttention` is that of `ldm.modules.attention` and `sgm.modules.attention`, `AttnBlock` that of
-`ldm.modules.diffusionmodules.model` and `sgm.modules.diffusionmodules.model`.
+`ldm.modules.diffusionmodules.model` and `sgm.modules.diffusionmodules.model`; the web UI's own for SD 3 has its parts.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class StatusResponse(BaseModel):
     workspace_bytes: Optional[int] = Field(None, description="the largest of any call")  # noqa: UP045
     layers: int = Field(
         0,
-        description="cross-attention layers of the model that made the last image; "
+        description="layers of the U-Net or transformer that made the last image, in which it looks at the prompt; "
         "where the web UI holds attention as a function, places that hold it",
     )
     out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")

@@ -3,12 +3,13 @@
 SD_WEBUI_DIR       its folder; without it these tests are skipped
 SD_WEBUI_PYTHON    the Python that runs it (default: that of its own venv)
 SD_WEBUI_CKPT_DIR  a folder with a small checkpoint of SD 1, of SDXL or of both (default: the tiny ones of
-                   ../shared/checkpoints); a test that needs another is skipped
+                   ../shared/checkpoints, and one of SD 3 that is made here); a test that needs another is skipped
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.servers import ROOT, Installation, Server, named_by, repository, restore, state
+from tests.webui import sd3
 
 SHARED = ROOT.parent / "shared" / "checkpoints"
 TITLE = "subquad - fast attention within a memory limit"
@@ -28,12 +30,15 @@ FLAGS = (
     "--skip-prepare-environment --skip-python-version-check --skip-torch-cuda-test --skip-version-check "
     "--use-cpu all --no-half --precision full --no-download-sd-model --do-not-download-clip --api"
 ).split()
-KINDS = ("SD 1", "SDXL")
+KINDS = ("SD 1", "SDXL", "SD 3")
+MARKS = {"SDXL": "conditioner.embedders.1.", "SD 3": "model.diffusion_model.joint_blocks."}
+# The layers of a U-Net or transformer that attend, each by one of its tensors.
+ATTENDS = re.compile(r"model\.diffusion_model\..+\.(to_q|x_block\.attn\.qkv)\.weight")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint; `layers` is how many layers of its U-Net attend."""
+    """A checkpoint; `layers` is how many layers of its U-Net or transformer attend."""
 
     path: Path
     kind: str
@@ -43,9 +48,8 @@ class Model:
     def of(cls, path: Path) -> Model:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-        kind = "SDXL" if any(name.startswith("conditioner.embedders.1.") for name in names) else "SD 1"
-        layers = sum(name.startswith("model.diffusion_model.") and name.endswith(".to_q.weight") for name in names)
-        return cls(path, kind, layers)
+        kind = next((kind for kind, start in MARKS.items() if any(name.startswith(start) for name in names)), "SD 1")
+        return cls(path, kind, sum(ATTENDS.fullmatch(name) is not None for name in names))
 
     def calls(self, steps: int = 3) -> int:
         """Of an image: each layer's once a step, and the VAE's when it decodes."""
@@ -89,7 +93,8 @@ def webui(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     for name in ("extensions", "embeddings"):  # the web UI makes the one when it starts, and the other nowhere
         (data / name).mkdir()
-    installation = WebUI(folder, python, data, _checkpoints(tmp_path_factory.mktemp("checkpoints")))
+    checkpoints = _checkpoints(tmp_path_factory.mktemp("checkpoints"), data / "extensions")
+    installation = WebUI(folder, python, data, checkpoints)
     installation.said = installation.install(repository(tmp_path_factory.mktemp("git")))
     yield installation
     assert state(folder) == before
@@ -127,7 +132,7 @@ def defaults(request):
         yield
 
 
-def _checkpoints(folder: Path) -> Path:
+def _checkpoints(folder: Path, extensions: Path) -> Path:
     given = os.environ.get("SD_WEBUI_CKPT_DIR")
     if given:
         return Path(given)
@@ -137,4 +142,6 @@ def _checkpoints(folder: Path) -> Path:
     for config in folder.glob("*.yaml"):
         config.write_text(config.read_text().replace("CLIP_DIR", str(folder / "clip")))
     subprocess.run([sys.executable, SHARED / "tiny-sdxl" / "make.py", folder], check=True)
+    sd3.make_checkpoint(folder / "tiny-sd3.safetensors")
+    sd3.install_guest(extensions, folder / "clip")
     return folder

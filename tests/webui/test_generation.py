@@ -17,8 +17,14 @@ from safetensors.torch import save_file
 TITLE = "subquad - fast attention within a memory limit"
 FARTHEST = 1
 only_sd1 = pytest.mark.parametrize("model", ["SD 1"], indirect=True)
-# As kohya's trainer calls the block in the middle of a U-Net.
-MIDDLE_BLOCK = {"SD 1": "lora_unet_mid_block_attentions_0", "SDXL": "lora_unet_middle_block_1"}
+only_unets = pytest.mark.parametrize("model", ["SD 1", "SDXL"], indirect=True)
+# A block in the middle of a U-Net or transformer, and what kohya's trainer calls it.
+MIDDLE_BLOCK = {
+    "SD 1": ("middle_block.1", "lora_unet_mid_block_attentions_0"),
+    "SDXL": ("middle_block.1", "lora_unet_middle_block_1"),
+    "SD 3": ("joint_blocks.1", "lora_unet_joint_blocks_1"),
+}
+PROJECTIONS = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".qkv.weight")
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +176,20 @@ def test_a_lora(webui, server, model, expected):
 
 def save_lora(path, model) -> None:
     """Random weights for the projections of the block in the middle."""
-    middle, random = "model.diffusion_model.middle_block.1", torch.Generator().manual_seed(0)
+    middle, lora = MIDDLE_BLOCK[model.kind]
+    middle, random = f"model.diffusion_model.{middle}", torch.Generator().manual_seed(0)
     tensors = {}
     with safe_open(model.path, "pt") as file:
         for name in file.keys():
-            if name.startswith(middle) and name.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight")):
+            if name.startswith(middle) and name.endswith(PROJECTIONS):
                 rows, columns = file.get_slice(name).get_shape()
                 module = name.removeprefix(middle).removesuffix(".weight").replace(".", "_")
-                lora = MIDDLE_BLOCK[model.kind] + module
-                tensors[f"{lora}.lora_down.weight"] = torch.randn(4, columns, generator=random) / columns**0.5
-                tensors[f"{lora}.lora_up.weight"] = torch.randn(rows, 4, generator=random)
+                tensors[f"{lora}{module}.lora_down.weight"] = torch.randn(4, columns, generator=random) / columns**0.5
+                tensors[f"{lora}{module}.lora_up.weight"] = torch.randn(rows, 4, generator=random)
     save_file(tensors, path)
 
 
+@only_unets  # for which alone the web UI has them
 def test_a_hypernetwork(server, model, expected):
     made = {"name": model.path.stem, "enable_sizes": widths(model), "overwrite_old": True}
     server.call("/sdapi/v1/create/hypernetwork", {**made, "layer_structure": [1, 2, 1], "weight_init": "XavierNormal"})

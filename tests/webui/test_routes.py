@@ -14,6 +14,7 @@ PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
 XYZ = "x/y/z plot"
 
 
+@pytest.mark.parametrize("model", ["SD 1", "SDXL"], indirect=True)
 def test_the_plan_of_the_loaded_checkpoint(server, model):
     answer = server.call("/subquad/v1/plan?width=512&height=768&batch=2")
     rows = answer["rows"]

@@ -64,7 +64,7 @@ def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
 
 def test_a_checkpoint_that_cannot_be_loaded(webui, models):
     """The web UI has taken every optimization off by then without telling any, and goes on without one."""
-    first, second = models
+    first, second, *_ = models
     broken = webui.data / "models" / "Stable-diffusion" / "broken.safetensors"
     with webui.running("--nowebui") as server:
         server.select(TITLE)

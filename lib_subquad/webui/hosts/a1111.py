@@ -5,16 +5,17 @@ Settings -> Optimizations -> Cross attention optimization.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
+import sys
 from collections.abc import Callable
 
 from modules import sd_hijack, sd_hijack_optimizations, sd_models, shared
 from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent, this is no such web UI
 from modules.sd_hijack_optimizations import SdOptimization
+from torch import Tensor
 
 from ...layers import ldm, projections
+from ...layers.heads import heads_attention
 from .. import status
 from ..status import Reach
 from . import pins
@@ -43,7 +44,7 @@ def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
 
 def attn_block_forward(layer, x, *args, **kwargs):
     settings = HOST.settings()
-    if settings.vae:
+    if settings.vae and ENTRY.active:
         return ldm.attn_block(layer, x, settings=settings, report=status.record, **kwargs)
     return ENTRY.hook_of(type(layer)).step_aside(layer, x, *args, **kwargs)
 
@@ -55,14 +56,43 @@ def sub_quadratic_attention(query, key, value, *args, **kwargs):
     """
     if ENTRY.active:
         return projections.attend(query, key, value, None, None, HOST.settings(), status.record)
-    return ENTRY.built_in.step_aside(query, key, value, *args, **kwargs)
+    return ENTRY.functions[sub_quadratic_attention].step_aside(query, key, value, *args, **kwargs)
 
 
+def joint_attention(q, k, v, heads, mask=None):
+    """SD 3's, between the tokens of prompt and image in one sequence; by the names of the web UI's own function.
+
+    Its text encoders hold that function under another name, which stays theirs: attention of other models' text
+    encoders is none of ours either.
+    """
+    hook = ENTRY.functions[joint_attention]
+    if ENTRY.active:
+        try:
+            report = functools.partial(status.record, place=hook)
+            return heads_attention(q, k, v, heads, _as_broadcast(mask), settings=HOST.settings(), report=report)
+        except ValueError as error:
+            status.pass_on(str(error))
+    return hook.step_aside(q, k, v, heads, mask)
+
+
+def _as_broadcast(mask: object) -> object:
+    """A mask of three dimensions as PyTorch reads it, by heads."""
+    return mask[None] if isinstance(mask, Tensor) and mask.dim() == 3 else mask
+
+
+SD3 = "modules.models.sd3."  # loaded with the first such model
+JOINT_BLOCK = "JointBlock"  # the class of the layers that call its attention, each once
+# (module, class, our forward) and (module, function, ours).
 LAYERS = (
     ("ldm.modules.attention", "CrossAttention", cross_attention_forward),
     ("sgm.modules.attention", "CrossAttention", cross_attention_forward),  # SDXL
     ("ldm.modules.diffusionmodules.model", "AttnBlock", attn_block_forward),
     ("sgm.modules.diffusionmodules.model", "AttnBlock", attn_block_forward),
+    (f"{SD3}sd3_impls", "AttnBlock", attn_block_forward),
+)
+FUNCTIONS = (
+    ("modules.sub_quadratic_attention", "efficient_dot_product_attention", sub_quadratic_attention),
+    (f"{SD3}mmdit", "attention", joint_attention),
 )
 
 
@@ -86,11 +116,8 @@ class Subquad(SdOptimization):
 
     def __init__(self) -> None:
         self._layers: dict[type, Hook] = {}
-        self._find_layers()
-        self.built_in = None
-        with contextlib.suppress(ImportError, AttributeError):
-            module = importlib.import_module("modules.sub_quadratic_attention")
-            self.built_in = Hook(module, "efficient_dot_product_attention", sub_quadratic_attention)
+        self.functions: dict[Callable, Hook] = {}  # by ours
+        self._find()
 
     def title(self) -> str:
         """What the web UI lists and saves: it never changes, or users silently get another optimization."""
@@ -108,10 +135,16 @@ class Subquad(SdOptimization):
         return True
 
     def apply(self) -> None:
-        self._find_layers()
+        self._find()
         self.take_back_pins()
         for hook in self._hooks:
             hook.apply()
+
+    def catch_up(self) -> None:
+        """While in force: what was loaded since comes to us as well, and what an extension left pinned."""
+        for hook in self._find():
+            hook.apply()
+        self.take_back_pins()
 
     def undo(self) -> None:
         for hook in self._hooks:
@@ -119,7 +152,8 @@ class Subquad(SdOptimization):
 
     @property
     def active(self) -> bool:
-        return any(hook.in_force for hook in self._layers.values())
+        """Whether the web UI has it in force. Without a word to us it may put back all forwards but those of SD 3."""
+        return any(hook.in_force for owner, hook in self._layers.items() if not owner.__module__.startswith(SD3))
 
     def hook_of(self, owner: type) -> Hook:
         """The hook of `owner`, or of its ancestor."""
@@ -130,21 +164,32 @@ class Subquad(SdOptimization):
         pins.take_back(tuple(self._layers))
 
     def out_of_reach(self, served: set[int]) -> tuple[int, dict[str, int]]:
-        """How many cross-attention layers the loaded model has, and whose are those not among `served`."""
-        classes = tuple(owner for owner, hook in self._layers.items() if hook.function is cross_attention_forward)
-        return pins.out_of_reach(classes, served)
+        """How many layers of the loaded U-Net or transformer attend, and whose are those not among `served`."""
+        hooks = {owner: hook for owner, hook in self._layers.items() if hook.function is cross_attention_forward}
+        joint = self.functions.get(joint_attention)
+        if joint is not None and hasattr(joint.owner, JOINT_BLOCK):
+            hooks[getattr(joint.owner, JOINT_BLOCK)] = joint
+        return pins.out_of_reach(hooks, served)
 
-    def _find_layers(self) -> None:
-        """The classes of layers as they are now: an extension may have put its own in the place of one."""
+    def _find(self) -> list[Hook]:
+        """The classes of layers as they are now, for an extension may have put its own in the place of one, and the
+        functions; as far as the web UI has loaded them. What is new among them is returned."""
+        new = []
         for module, name, forward in LAYERS:
-            with contextlib.suppress(ImportError, AttributeError):  # sgm came with SDXL; a host may do without
-                owner = getattr(importlib.import_module(module), name)
-                if owner not in self._layers:
-                    self._layers[owner] = Hook(owner, "forward", forward)
+            owner = getattr(sys.modules.get(module), name, None)
+            if owner is not None and owner not in self._layers:
+                self._layers[owner] = Hook(owner, "forward", forward)
+                new.append(self._layers[owner])
+        for module, name, function in FUNCTIONS:
+            owner = sys.modules.get(module)
+            if hasattr(owner, name) and function not in self.functions:
+                self.functions[function] = Hook(owner, name, function)
+                new.append(self.functions[function])
+        return new
 
     @property
     def _hooks(self) -> list[Hook]:
-        return [*self._layers.values(), *filter(None, [self.built_in])]
+        return [*self._layers.values(), *self.functions.values()]
 
 
 ENTRY = Subquad()
@@ -162,7 +207,7 @@ class A1111(Host):
 
     def prepare(self) -> None:
         if ENTRY.active:
-            ENTRY.take_back_pins()
+            ENTRY.catch_up()
 
     def undo(self) -> None:
         """The web UI applies its setting anew when it has loaded its scripts again."""

@@ -14,7 +14,7 @@ from types import MethodType
 from modules import sd_models
 from torch import nn
 
-from .hooks import SOMETHING_ELSE, is_hosts, is_ours, owner
+from .hooks import SOMETHING_ELSE, Hook, is_hosts, is_ours, owner
 
 HYPERTILE = "__webui_hypertile_params"  # where Hypertile keeps a layer's forward, for as long as the model is loaded
 
@@ -29,11 +29,19 @@ def take_back(classes: tuple[type, ...]) -> None:
             hypertile.forward = MethodType(_forward_of_class, layer)
 
 
-def out_of_reach(classes: tuple[type, ...], served: set[int]) -> tuple[int, dict[str, int]]:
-    """How many layers the loaded model has, and whose are those whose `id` is not among `served`: owner -> layers."""
-    layers = list(_layers([sd_models.model_data.sd_model], classes))
-    owners = Counter(_owner(layer) for layer in layers if id(layer) not in served)
-    return len(layers), dict(owners.most_common())
+def out_of_reach(hooks: dict[type, Hook], served: set[int]) -> tuple[int, dict[str, int]]:
+    """How many layers of these classes the loaded model has, and whose are those that were not ours: owner -> layers.
+
+    A class is given with the hook that makes its layers ours: of its forward, or of the function that it calls.
+    `served`: the `id` of each layer that came to us, or of the hook where a function does not know for which.
+    """
+    owners, count = Counter(), 0
+    for layer in _layers([sd_models.model_data.sd_model], tuple(hooks)):
+        count += 1
+        hook = next(hooks[base] for base in type(layer).__mro__ if base in hooks)
+        if served.isdisjoint((id(layer), id(hook))):
+            owners[_owner(layer, hook)] += 1
+    return count, dict(owners.most_common())
 
 
 def _loaded_models() -> list[nn.Module]:
@@ -57,8 +65,8 @@ def _forward_of_class(layer: nn.Module, *args, **kwargs):
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def _owner(layer: nn.Module) -> str:
-    """The extension that has its own forward on a layer or on its class."""
-    forwards = (vars(layer).get("forward"), type(layer).forward)
-    foreign = (it for it in forwards if it is not None and not is_hosts(it) and not is_ours(it))
+def _owner(layer: nn.Module, hook: Hook) -> str:
+    """The extension that has its own forward on a layer or on its class, or its own function in the hook's place."""
+    found = (vars(layer).get("forward"), type(layer).forward, hook.standing)
+    foreign = (it for it in found if it is not None and not is_hosts(it) and not is_ours(it))
     return next(map(owner, foreign), SOMETHING_ELSE)
