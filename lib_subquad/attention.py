@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import device as devices
+from . import second
 from .calls import call_for
 from .engines.base import Engine
 from .forward import attend_chunks
@@ -78,7 +79,10 @@ def attention(
 def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
     """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
     try:
-        return engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+        output = engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+        if chunks.problem.grad:
+            second.enable(output)
+        return output
     except Exception as error:
         smaller = chunks.smaller_after(error)
     chunks.go_on(smaller)

@@ -6,7 +6,7 @@ import contextlib
 
 from torch import Tensor
 
-from . import recorded
+from . import recorded, second
 from .engines import order
 from .retry import Chunks
 from .tensors import new_output, rows_of
@@ -36,6 +36,8 @@ def attend_chunks(
             else:
                 with unseen() if chunks.one_node else contextlib.nullcontext():
                     chunk, chunk_statistics = engine.attend(*call)
+                if chunk.requires_grad:
+                    second.enable(chunk)
             if rows == slice(0, query.shape[2]):
                 return chunk, chunk_statistics
             with unseen():
