@@ -71,8 +71,8 @@ def enable(chunk: Tensor) -> None:
 
 
 def _differentiable(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):
-    """A kernel's gradients with a graph behind them, where one is wanted; else, and where it does more than attend, they
-    stay as they are. Takes all from the node: what a hook holds would be held for as long as the node."""
+    """A kernel's gradients with a graph behind them, where one is wanted; else, and where it does more than attend,
+    they stay as they are. Takes all from the node: what a hook holds would be held for as long as the node."""
     node = _running_node() if torch.is_grad_enabled() else None
     if node is None or _does_more(node) or recorded.batch_level(grad_outputs[0]):
         return None
