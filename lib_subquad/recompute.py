@@ -15,6 +15,7 @@ from torch import Tensor
 from . import device as devices
 from . import recorded
 from .engines import order
+from .engines.base import Kept
 from .forward import attend_chunks
 from .recorded import Record
 from .retry import Attempts, Chunks
@@ -45,7 +46,7 @@ class AttentionNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        kept = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        kept = Kept(*ctx.saved_tensors)  # once: torch.utils.checkpoint gives them no second time
         wanted = ctx.needs_input_grad[:4]
 
         def first(grad_output: Tensor) -> list[Tensor | None]:
@@ -70,7 +71,7 @@ def _for_each(first: Callable, grad_output: Tensor, level: int) -> list[Tensor |
 def _gradients(
     call: tuple,
     records: list[Record],
-    kept: Sequence[Tensor | None],
+    kept: Kept,
     grad_output: Tensor,
     scale: float,
     wanted: Sequence[bool],
@@ -86,7 +87,7 @@ def _gradients(
                 if engine.DIFFERENTIABLE:
                     gradients = _recorded_gradients(records, kept, grad_output, wanted)
                 else:
-                    gradients = engine.gradients(*kept, grad_output, scale, attempts.plan.sizes, wanted)
+                    gradients = engine.gradients(kept, grad_output, scale, attempts.plan.sizes, wanted)
     attempts.remember_refusals()
     return gradients
 
@@ -96,7 +97,7 @@ def _is_whole(records: list[Record], queries: int) -> bool:
 
 
 def _recorded_gradients(
-    records: list[Record], kept: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
+    records: list[Record], kept: Kept, grad_output: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     queries, keys, values = [], None, None
     for record in records:
