@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_measuring_arguments(parser, repeats=5, timeout=600)
     parser.add_argument(
         "--busy",
-        type=cli.positive,
+        type=_count,
         default=0,
         metavar="N",
         help="run N other programs meanwhile, each of which keeps a core busy (default: %(default)s)",
@@ -162,6 +162,13 @@ def _mode(args: argparse.Namespace) -> str:
 
 
 @cli.argument
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r}; expected a whole number of at least 0")
+    return int(text)
+
+
+@cli.argument
 def peers_argument(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -253,9 +260,11 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
 
 
 def _legend(record: dict, results: Sequence[Result]) -> str:
+    once = any(len(result.good) == 1 for result in results)
+    warning = " What was measured once is not to be trusted: times change from one round to the next." if once else ""
     return (
         f"{how_often(results)}ratios: medians of each round's own; peak memory: beside the inputs, result included; "
-        f"error: the largest absolute one of a sample of rows against float64.{busyness(record)}"
+        f"error: the largest absolute one of a sample of rows against float64.{warning}{busyness(record)}"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint import Checkpoint, read_attention_layers
+from ..checkpoint import Checkpoint, CheckpointError, read_attention_layers
 from ..settings import OPTIONS, Option, Settings
 from . import cli
 from .explain import LARGEST_SIDE, SIZE_STEP, Row, explain, with_size_note
@@ -87,7 +87,10 @@ def read(arguments: argparse.Namespace) -> Question:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = DTYPES[arguments.dtype] if arguments.dtype else torch.float32 if device.type == "cpu" else torch.float16
-    checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    try:
+        checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    except CheckpointError as error:  # which names the file without its folder
+        raise ValueError(f"--checkpoint {arguments.checkpoint}: {error.__cause__ or error}") from error
     if not checkpoint.layers:
         raise ValueError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
     checkpoint = with_size_note(checkpoint, width, height)
