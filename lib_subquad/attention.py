@@ -10,11 +10,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import device as devices
+from . import second
 from .calls import call_for
 from .engines.base import Engine
 from .forward import attend_chunks
-from .plan import Plan
-from .problem import check, check_mask
+from .plan import Plan, check_report
+from .problem import check, check_mask, check_scale
 from .recompute import AttentionNode
 from .retry import Chunks
 from .settings import Settings, check_settings
@@ -48,11 +49,15 @@ def attention(
         [..., queries, value width] in value's dtype, differentiable in query, key, value and a floating-point mask.
 
     Raises:
-        ValueError: input that makes no attention, settings that are no `Settings`; the message names the argument, its
-            shape and what was expected.
+        ValueError: input that makes no attention, a scale that is no number, settings that are no `Settings`, a report
+            that cannot be called; the message names the argument, its shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
     """
     check_settings(settings)
+    if report is not None:
+        check_report(report)
+    if scale is not None:
+        scale = check_scale(scale)
     if is_traced(query, key, value):
         check(query, key, value, mask)
         return attend_traced(query, key, value, mask, scale, settings, report)
@@ -78,7 +83,10 @@ def attention(
 def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
     """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
     try:
-        return engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+        output = engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
+        if chunks.problem.grad:
+            second.enable(output)
+        return output
     except Exception as error:
         smaller = chunks.smaller_after(error)
     chunks.go_on(smaller)

@@ -41,7 +41,7 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
     """
     try:
         facts = _facts(query, key, value, mask, settings)
-    except AttributeError:  # something is no tensor, and is told so
+    except (AttributeError, RuntimeError):  # something is no tensor, or one without a shape, and is told so
         facts = None
     call = _known.get(facts)
     if call is not None and call.reading is memory.reading(call.problem.device, call.problem.grad):
@@ -50,7 +50,7 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _known[facts] = call
-    return call
+    return call._replace(engine=None)  # the first of its kind takes the loop, which looks at what an engine gives
 
 
 def forget() -> None:
@@ -71,13 +71,20 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
         query.device,
         key.device,
         value.device,
+        query.layout,
+        key.layout,
+        value.layout,
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-        None if mask is None else (mask.shape, mask.dtype, mask.device, torch.is_grad_enabled() and mask.requires_grad),
+        None if mask is None else _facts_of_mask(mask),
         devices.switches(),
         order.changes(),
         torch.get_num_threads(),  # of which each has a workspace on the CPU
         settings,
     )
+
+
+def _facts_of_mask(mask: Tensor) -> tuple:
+    return mask.shape, mask.dtype, mask.device, mask.layout, torch.is_grad_enabled() and mask.requires_grad
 
 
 def _planned(problem: Problem, settings: Settings) -> Call:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -154,10 +155,7 @@ def free_bytes(device: torch.device) -> int:
 
     Never raises: a device that does not answer is taken to have `UNKNOWN_FREE_BYTES`.
     """
-    try:
-        return max(0, int(_FREE.get(device.type, _free_unknown)(device)))
-    except Exception:
-        return UNKNOWN_FREE_BYTES
+    return _told(_FREE, device)
 
 
 def total_bytes(device: torch.device) -> int:
@@ -165,9 +163,13 @@ def total_bytes(device: torch.device) -> int:
 
     Never raises: a device that does not answer is taken to have `UNKNOWN_FREE_BYTES`.
     """
+    return _told(_TOTAL, device)
+
+
+def _told(asked: dict[str, Callable[[torch.device], float]], device: torch.device) -> int:
     try:
-        return max(0, int(_TOTAL.get(device.type, _free_unknown)(device)))
-    except Exception:
+        return max(0, int(asked[device.type](device)))
+    except Exception:  # also where nobody can be asked
         return UNKNOWN_FREE_BYTES
 
 
@@ -210,10 +212,6 @@ def _free_xpu(device: torch.device) -> int:
 
 def _free_directml(device: torch.device) -> int:
     return torch.dml.mem_get_info(device)[0]  # only in the amdgpu fork
-
-
-def _free_unknown(device: torch.device) -> int:
-    return UNKNOWN_FREE_BYTES
 
 
 def _free_cpu(device: torch.device) -> int:

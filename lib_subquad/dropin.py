@@ -21,9 +21,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import device as devices
 from .attention import attention
 from .engines import pytorch
-from .plan import Plan
+from .plan import Plan, check_report
 from .problem import HALF_DTYPES
-from .settings import CHUNK_MAX, Settings
+from .retry import add_line
+from .settings import CHUNK_MAX, Settings, check_settings
 from .tracing import is_recorded, is_transformed
 
 CAST = (torch.float32, *HALF_DTYPES)  # by autocast, which leaves float64 alone
@@ -112,26 +113,47 @@ def sdpa(
         torch.nn.functional.scaled_dot_product_attention = lib_subquad.sdpa
 
     Takes and returns what PyTorch's function does. Dropout, causal masks, and whatever attention() does not know are
-    PyTorch's to compute. A row that may attend to nothing gives zeros.
+    PyTorch's to compute, and so are its errors. A row that may attend to nothing gives zeros.
 
     Args:
         query: [..., queries, width]; key [..., keys, width], value [..., keys, value width], whose leading dimensions
             broadcast; with `enable_gqa` several of query's heads share one of theirs.
-        attn_mask: broadcastable to [..., queries, keys]; bool (True = may attend) or added to the scores.
+        attn_mask: broadcastable to [..., queries, keys]; bool (True = may attend) or added to the scores. Of fewer than
+            two dimensions and of any floating-point dtype as well, as attention() takes it; PyTorch's function takes
+            such masks for some shapes only.
         settings, report: those of attention(); calls that are PyTorch's to compute are not reported.
     """
     pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-    pytorchs.update({"scale": scale} if scale is not None else {}, **({"enable_gqa": True} if enable_gqa else {}))
+    pytorchs.update(
+        {"scale": scale} if scale is not None else {}, **({"enable_gqa": enable_gqa} if enable_gqa is not False else {})
+    )
     if _has_a_function(attn_mask):  # which knows PyTorch's by its public name, whoever has that
         return handle_torch_function(F.scaled_dot_product_attention, (attn_mask,), query, key, value, **pytorchs)
-    if dropout_p or is_causal or is_recorded() or pytorch.is_running() or not all(map(_is_plain, (query, key, value))):
+    if dropout_p != 0 or is_causal is not False or type(enable_gqa) is not bool:
         return pytorch.OWN(query, key, value, **pytorchs)
+    if is_recorded() or pytorch.is_running() or not all(map(_is_plain, (query, key, value))):
+        return pytorch.OWN(query, key, value, **pytorchs)
+    if report is not None:
+        check_report(report)
+    made: list[Plan] = []
     try:
         given = _with_equal_leading(query, key, value, enable_gqa)
         *given, mask = _as_autocast_gives(*given, attn_mask)
-        return attention(*given, mask=mask, scale=scale, settings=settings, report=report)
-    except ValueError:  # integers, an error that PyTorch has better words for
+        output = attention(
+            *given, mask=mask, scale=scale, settings=settings, report=None if report is None else made.append
+        )
+    except ValueError as error:  # such as integers: PyTorch may compute what attention() does not know
+        check_settings(settings)
+        refused = str(error)
+    else:
+        for plan in made:
+            report(plan)
+        return output
+    try:
         return pytorch.OWN(query, key, value, **pytorchs)
+    except Exception as error:
+        add_line(error, refused)
+        raise
 
 
 def _known_to_scripts() -> None:
@@ -182,5 +204,12 @@ def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool)
     tensors = (query, key, value)
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return tensors
-    leading = torch.broadcast_shapes(*(it.shape[:-2] for it in tensors))
+    leading = query.shape[:-2]
+    for name, it in (("key", key), ("value", value)):
+        try:
+            leading = torch.broadcast_shapes(leading, it.shape[:-2])
+        except RuntimeError:
+            raise ValueError(
+                f"{name} has shape {list(it.shape)}; expected leading dimensions that broadcast with {list(leading)}"
+            ) from None
     return tuple(it.expand(*leading, *it.shape[-2:]) for it in tensors)

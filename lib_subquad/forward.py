@@ -6,8 +6,9 @@ import contextlib
 
 from torch import Tensor
 
-from . import recorded
+from . import recorded, second
 from .engines import order
+from .engines.base import attended
 from .retry import Chunks
 from .tensors import new_output, rows_of
 
@@ -35,7 +36,9 @@ def attend_chunks(
                 chunks.records.append(record)
             else:
                 with unseen() if chunks.one_node else contextlib.nullcontext():
-                    chunk, chunk_statistics = engine.attend(*call)
+                    chunk, chunk_statistics = attended(engine, *call)
+                if chunk.requires_grad:
+                    second.enable(chunk)
             if rows == slice(0, query.shape[2]):
                 return chunk, chunk_statistics
             with unseen():

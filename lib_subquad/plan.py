@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -72,7 +73,8 @@ def plan(
         more: `value_dtype`, `mask_shape`, `mask_dtype`, `grad`, `mask_grad`, as `Problem.from_shapes` takes them.
 
     Raises:
-        ValueError: shapes or dtypes that make no attention, a count that is none, settings that are no `Settings`.
+        ValueError: shapes or dtypes that make no attention, a count that is none, no device, settings that are no
+            `Settings`.
     """
     check_settings(settings)
     if free_bytes is not None and as_count(free_bytes) is None:
@@ -82,6 +84,16 @@ def plan(
         more["mask_shape"] = checked_shape("mask", more["mask_shape"])
     problem = Problem.from_shapes(*(checked_shape(name, shape) for name, shape in named), dtype, device, **more)
     return plan_problem(problem, settings, free_bytes)
+
+
+def check_report(report: Any) -> None:
+    """Say it in words where nothing can be called with a plan.
+
+    Raises:
+        ValueError: it cannot be called.
+    """
+    if not callable(report):
+        raise ValueError(f"report is {shown(report)}; expected a function that takes a Plan")
 
 
 def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = None) -> Plan:

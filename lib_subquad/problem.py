@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .settings import shown
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
+LARGEST_SCALE = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Problem:
             mask_shape: broadcastable to [..., queries, keys].
 
         Raises:
-            ValueError: shapes or dtypes that make no attention; the message names the argument and what was expected.
+            ValueError: shapes or dtypes that make no attention, or no device; the message names the argument and what
+                was expected.
         """
         query_shape, key_shape, value_shape = tuple(query_shape), tuple(key_shape), tuple(value_shape)
         value_dtype = value_dtype or dtype
@@ -90,7 +93,7 @@ class Problem:
             value_width=value_shape[-1],
             dtype=dtype,
             value_dtype=value_dtype,
-            device=torch.device(device),
+            device=_device(device),
             mask=mask_shape,
             mask_dtype=mask_dtype,
             grad=grad,
@@ -153,6 +156,13 @@ def as_count(value: Any) -> int | None:
     return count if count >= 0 else None
 
 
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {shown(device)}; expected one such as 'cpu' or 'cuda:0'") from None
+
+
 def _leading(shape: tuple[int, ...]) -> tuple[int, int]:
     """(batch, heads) of a shape: [batch*heads] counts as heads, and dimensions before [batch, heads] as batch."""
     batch = 1
@@ -172,6 +182,24 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
     _check_dtypes(query.shape, query.dtype, value.shape, value.dtype)
     if mask is not None:
         _mask_sizes(tuple(mask.shape), mask.dtype, (*query.shape[:-1], key.shape[-2]))
+
+
+def check_scale(scale: Any) -> float:
+    """A scale of the scores as the number that it is, whatever holds it.
+
+    Raises:
+        ValueError: it is no finite number, or a gradient would be wanted of it.
+    """
+    if type(scale) in (float, int) and abs(scale) <= LARGEST_SCALE:  # in no words that a compiler does not know
+        return scale
+    if isinstance(scale, (torch.SymFloat, torch.SymInt)):  # of an exporter, which may not know the number yet
+        return scale
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("scale is a tensor that needs a gradient, which attention does not give; expected a number")
+    number = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
+    if isinstance(number, numbers.Real) and not isinstance(number, bool) and abs(number) <= LARGEST_SCALE:
+        return float(number)
+    raise ValueError(f"scale is {shown(scale)}; expected a finite number")
 
 
 def check_mask(mask: Any) -> None:
@@ -197,6 +225,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} is {tensor.layout}; expected a dense tensor, such as to_dense() makes")
+        if tensor.is_nested:
+            raise ValueError(f"{name} is a nested tensor; expected one of a single shape")
         if tensor.device != query.device:
             raise ValueError(
                 f"{name} {_sizes(tensor.shape)} is on {tensor.device}; expected {query.device}, where query is"

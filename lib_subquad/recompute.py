@@ -15,9 +15,11 @@ from torch import Tensor
 from . import device as devices
 from . import recorded
 from .engines import order
+from .engines.base import Kept
 from .forward import attend_chunks
 from .recorded import Record
 from .retry import Attempts, Chunks
+from .second import Gradients
 
 
 class AttentionNode(torch.autograd.Function):
@@ -44,72 +46,32 @@ class AttentionNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        kept = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        kept = Kept(*ctx.saved_tensors)  # once: torch.utils.checkpoint gives them no second time
         wanted = ctx.needs_input_grad[:4]
 
-        def first(kept: Sequence[Tensor | None], grad_output: Tensor) -> list[Tensor | None]:
+        def first(grad_output: Tensor) -> list[Tensor | None]:
             level = recorded.batch_level(grad_output)
             if level is not None:
-                return _for_each(first, kept, grad_output, level)
+                return _for_each(first, grad_output, level)
             return _gradients(ctx.call, ctx.records, kept, grad_output, ctx.scale, wanted)
 
         if torch.is_grad_enabled():
-            gradients = Gradients.apply(*kept, grad_output, ctx.scale, first)
+            gradients = Gradients.apply(*kept[:4], grad_output, ctx.scale, first)
         else:
-            gradients = first(kept, grad_output)
+            gradients = first(grad_output)
         return (*gradients, None, None)
 
 
-class Gradients(torch.autograd.Function):
-    """The gradients as a node of their own, where they may be differentiated again (create_graph=True)."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        output: Tensor,
-        statistics: Tensor,
-        grad_output: Tensor,
-        scale: float,
-        first: Callable[[Sequence[Tensor | None], Tensor], list[Tensor | None]],
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(query, key, value, mask, grad_output)
-        ctx.scale = scale
-        return tuple(first((query, key, value, mask, output, statistics), grad_output))
-
-    @staticmethod
-    def backward(ctx, *grad_gradients: Tensor | None):
-        """From all scores, which are made and kept here: there is no other way."""
-        needed = (*ctx.needs_input_grad[:4], ctx.needs_input_grad[6])
-        again = torch.is_grad_enabled()
-        with torch.enable_grad(), devices.without_autocast(ctx.saved_tensors[-1].device):
-            # Views, so that the gradients of these stay apart from those of whatever grad_output was made of.
-            given = [None if it is None else it.view_as(it) for it in ctx.saved_tensors]
-            inputs = [it for it, wanted in zip(given, needed) if wanted]
-            pairs = [(it, grad) for it, grad in zip(given, grad_gradients) if grad is not None]
-            output = order.engines()[-1].attend_traced(*given[:4], ctx.scale)
-            first = torch.autograd.grad(output, [it for it, _ in pairs], given[4], create_graph=True)
-            second = torch.autograd.grad(
-                first, inputs, [grad for _, grad in pairs], create_graph=again, allow_unused=True
-            )
-        found = iter(second)
-        *gradients, grad_output = [next(found) if wanted else None for wanted in needed]
-        return (*gradients, None, None, grad_output, None, None)
-
-
-def _for_each(first: Callable, kept: Sequence[Tensor | None], grad_output: Tensor, level: int) -> list[Tensor | None]:
+def _for_each(first: Callable, grad_output: Tensor, level: int) -> list[Tensor | None]:
     """Of many output gradients at a time (is_grads_batched=True), one after the other."""
-    each = [first(kept, it) for it in torch._remove_batch_dim(grad_output, level, 1, 0)]
+    each = [first(it) for it in torch._remove_batch_dim(grad_output, level, 1, 0)]
     return [None if found[0] is None else torch._add_batch_dim(torch.stack(found), 0, level) for found in zip(*each)]
 
 
 def _gradients(
     call: tuple,
     records: list[Record],
-    kept: Sequence[Tensor | None],
+    kept: Kept,
     grad_output: Tensor,
     scale: float,
     wanted: Sequence[bool],
@@ -125,7 +87,7 @@ def _gradients(
                 if engine.DIFFERENTIABLE:
                     gradients = _recorded_gradients(records, kept, grad_output, wanted)
                 else:
-                    gradients = engine.gradients(*kept, grad_output, scale, attempts.plan.sizes, wanted)
+                    gradients = engine.gradients(kept, grad_output, scale, attempts.plan.sizes, wanted)
     attempts.remember_refusals()
     return gradients
 
@@ -135,7 +97,7 @@ def _is_whole(records: list[Record], queries: int) -> bool:
 
 
 def _recorded_gradients(
-    records: list[Record], kept: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
+    records: list[Record], kept: Kept, grad_output: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     queries, keys, values = [], None, None
     for record in records:

@@ -18,7 +18,7 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from .engines.base import Engine, Sizes
+from .engines.base import Engine, Kept, Sizes, attended
 from .problem import Problem
 from .tensors import rows_of
 
@@ -48,12 +48,12 @@ class Record(NamedTuple):
     exit: Tensor
     stands: _Stands
 
-    def gradients(self, kept: tuple[Tensor | None, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, kept: Kept, grad_output: Tensor) -> tuple[Tensor, ...]:
         """Of the chunk's queries, and its part of those of all keys and values."""
         query, key, value, mask, output, statistics = kept
         mask = None if mask is None else rows_of(mask, self.rows)
         rows = (slice(None), slice(None), self.rows)
-        self.stands.kept = (query[rows], key, value, mask, output[rows], statistics[rows])
+        self.stands.kept = Kept(query[rows], key, value, mask, output[rows], statistics[rows])
         self.stands.grad_output = grad_output[rows]
         try:
             torch.autograd.grad(self.exit, self.door, retain_graph=True, allow_unused=True)
@@ -82,7 +82,7 @@ def attend(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(stands.stand_for, stands.tensor):
         door = torch.zeros((), device=query.device, requires_grad=True)
         query, key, value = (_Door.apply(door, it, stands, n) for n, it in enumerate((query, key, value)))
-        chunk, _ = engine.attend(problem, sizes, query, key, value, mask, scale)
+        chunk, _ = attended(engine, problem, sizes, query, key, value, mask, scale)
         with unseen_by_policies():
             logsumexp = stands.named(chunk.grad_fn, (query, key, value, mask, chunk, None))
         if logsumexp is None:
@@ -121,7 +121,7 @@ class _Exit(torch.autograd.Function):
         return ctx.stands.grad_output, None
 
 
-class _Kept:
+class _StandIn:
     """Stands for a tensor that a node wanted to keep: which one of a call's it is made of, and how it was laid out."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -137,20 +137,20 @@ class _Stands:
     """
 
     def __init__(self) -> None:
-        self.all: list[_Kept] = []
-        self.asked_for: _Kept | None = None
+        self.all: list[_StandIn] = []
+        self.asked_for: _StandIn | None = None
         self.let_go()
 
     def let_go(self) -> None:
-        self.kept: tuple[Tensor | None, ...] | None = None
+        self.kept: Kept | None = None
         self.grad_output: Tensor | None = None
         self.gradients: list[Tensor | None] = [None, None, None]
 
-    def stand_for(self, tensor: Tensor) -> _Kept:
-        self.all.append(_Kept(tensor))
+    def stand_for(self, tensor: Tensor) -> _StandIn:
+        self.all.append(_StandIn(tensor))
         return self.all[-1]
 
-    def tensor(self, stands: _Kept) -> Tensor:
+    def tensor(self, stands: _StandIn) -> Tensor:
         self.asked_for = stands
         return _laid_out(self.kept[stands.place], stands.place, stands.form) if stands.tensor is None else stands.tensor
 

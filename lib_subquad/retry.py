@@ -105,7 +105,7 @@ class Attempts:
         """
         refused, ran_out = refusals.is_refusal(error), devices.is_out_of_memory(error)
         if (refused or ran_out) and self.problem.grad and not self.one_node and _is_computed_again():
-            _add_line(error, COMPUTED_AGAIN)
+            add_line(error, COMPUTED_AGAIN)
             raise error
         if refused:
             later = next_engine(self.problem, self.plan, self.settings, self.backward)
@@ -148,10 +148,11 @@ class Attempts:
             f"subquad halved its chunks {self.plan.retries} times, down to {self.plan.query_chunk} queries x "
             f"{self.plan.kv_chunk} keys of one head; not even that fits"
         )
-        _add_line(error, line)
+        add_line(error, line)
 
 
-def _add_line(error: Exception, line: str) -> None:
+def add_line(error: Exception, line: str) -> None:
+    """Another line in what `error` says."""
     first = str(error.args[0]) if error.args else type(error).__name__
     error.args = (f"{first}\n{line}", *error.args[1:])
 

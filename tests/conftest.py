@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lib_subquad
+from tests.threads import torch_threads
 
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
 BOUND = (
@@ -80,10 +81,8 @@ def documented(monkeypatch):
 @pytest.fixture(scope="module")
 def one_thread():
     """For files of small tensors only: they gain nothing from more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def attention_in_float64(query, key, value, mask=None, scale=None):

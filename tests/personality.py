@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lib_subquad import calls
+from tests.threads import torch_threads
 
 PRODUCTS = ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "addmm_", "addbmm", "addbmm_")
 
@@ -136,10 +137,8 @@ class FailOver(TorchDispatchMode):
 @contextlib.contextmanager
 def alone():
     """Nothing remembered, and one thread: on a busy machine two wait for each other at every small operator."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    calls.forget()
-    yield
-    calls.forget()
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        torch.manual_seed(0)
+        calls.forget()
+        yield
+        calls.forget()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention, forget, recorded, sdpa
-from lib_subquad.engines import order
+from lib_subquad.engines import fused, order
 from lib_subquad.recompute import AttentionNode
 from tests.personality import FailAt, alone
 
@@ -272,6 +272,40 @@ def test_gradients_of_gradients_that_are_made_of_the_same_tensors():
         found[-1] += torch.autograd.grad(found[-1][1].square().sum(), (query, value))
     for one, other in zip(*found):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("query_chunk", [0, 3])
+@pytest.mark.parametrize("engine", order.names())
+def test_gradients_of_gradients_whatever_the_shape_and_engine(engine, query_chunk, mask, leading):
+    """PyTorch's function has none for 4-D tensors, and for others only where it takes no fused kernel."""
+    tensors = [torch.randn(*leading, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (7, 9, 9)]
+    if mask is not None:
+        seen = torch.rand(7, 9) > 0.3
+        seen[2] = False  # a row that may attend to nothing
+        mask = seen if mask == "bool" else torch.randn(7, 9).double().masked_fill(~seen, -torch.inf)
+    settings, plans = Settings(engine=engine, query_chunk=query_chunk), []
+    for call in (partial(attention, mask=mask), partial(sdpa, attn_mask=mask)):
+        call = partial(call, scale=0.3, settings=settings, report=plans.append)
+        assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+        assert not torch.autograd.grad(call(*tensors).sum(), tensors)[0].requires_grad
+    able = fused.TAKES_SCALE and (mask is None or fused.MASKS_ARE_RIGHT)
+    assert {plan.engine for plan in plans} == {engine if able else order.names()[-1]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_gradients_of_a_value_that_is_narrower(dtype):
+    """What is cast or cut on its way to a kernel and back."""
+    found = []
+    query, key, value = inputs(value_width=4)
+    value = value.detach().to(dtype).requires_grad_()
+    for call in (attention, exact):
+        output = call(query, key, value if call is attention else value.float()).pow(3).sum()
+        first = torch.autograd.grad(output, (query, value), create_graph=True)
+        found.append(torch.autograd.grad(sum(it.square().sum() for it in first), (query, key, value)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
 
 
 def test_gradients_of_gradients_where_pytorchs_kernels_are_switched_off():

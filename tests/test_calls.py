@@ -12,6 +12,7 @@ import lib_subquad
 from lib_subquad import Settings, attention, calls, memory
 from lib_subquad import device as devices
 from lib_subquad.engines import order
+from tests.threads import torch_threads
 
 MIB = 1 << 20
 
@@ -145,15 +146,11 @@ def test_what_differs_is_another_call(watched):
 
 def test_as_many_threads_as_there_are(watched):
     """Each has a workspace. With gradients, whose plans hold until memory runs out or is forgotten."""
-    threads = torch.get_num_threads()
     query, key, value = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))
     plans = []
-    try:
-        for count in (1, 3, 1):
-            torch.set_num_threads(count)
+    for count in (1, 3, 1):
+        with torch_threads(count):
             attention(query, key, value, report=plans.append)
-    finally:
-        torch.set_num_threads(threads)
     assert plans[0] == plans[2] and plans[0].workspace_bytes < plans[1].workspace_bytes
 
 

@@ -268,6 +268,54 @@ def test_what_is_wrong_gets_pytorchs_words():
         sdpa(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 7), torch.randn(1, 2, 4, 8))
 
 
+WRONG = [
+    ({}, [(2, 3, 4, 8), (2, 2, 4, 8), (2, 2, 4, 8)], r"key has shape \[2, 2, 4, 8\]; expected leading .* \[2, 3\]"),
+    ({}, [(2, 3, 4, 8), (1, 3, 4, 8), (5, 3, 4, 8)], r"value has shape \[5, 3, 4, 8\]; expected leading .* \[2, 3\]"),
+    ({}, [(2, 3, 4, 8), (2, 3, 4, 7), (2, 3, 4, 8)], r"key has shape \[2, 3, 4, 7\]; expected width 8, that of query"),
+    ({"attn_mask": torch.ones(5, 4)}, [(2, 3, 4, 8)] * 3, r"mask has shape \[5, 4\]; expected one that broadcasts to"),
+    ({"scale": "large"}, [(2, 3, 4, 8)] * 3, "scale is 'large'; expected a finite number"),
+]
+
+
+@pytest.mark.parametrize("more, shapes, words", WRONG, ids=[str(number) for number in range(len(WRONG))])
+def test_what_is_wrong_is_pytorchs_error_and_our_sentence(more, shapes, words):
+    given = [torch.randn(shape) for shape in shapes]
+    with pytest.raises((RuntimeError, TypeError)) as theirs:
+        F.scaled_dot_product_attention(*given, **more)
+    with pytest.raises(type(theirs.value), match=f"\n{words}") as ours:
+        sdpa(*given, **more)
+    assert str(ours.value).startswith(str(theirs.value).splitlines()[0])
+
+
+@pytest.mark.parametrize("more", [{"dropout_p": None}, {"is_causal": None}, {"is_causal": ""}, {"enable_gqa": None}])
+def test_what_pytorchs_function_does_not_take_is_not_taken(more):
+    with pytest.raises(TypeError):
+        sdpa(*torch.randn(3, 1, 2, 4, 8), **more)
+
+
+def test_settings_that_are_none_and_reports_that_fail_are_not_passed_over():
+    given = torch.randn(3, 1, 2, 4, 8)
+
+    def failing(plan):
+        raise ValueError("a report of the user's")
+
+    with pytest.raises(ValueError, match="^settings is .*; expected a Settings"):
+        sdpa(*given, settings={"query_chunk": 64})
+    with pytest.raises(ValueError, match="^a report of the user's$"):
+        sdpa(*given, report=failing)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor(-1.0), torch.randn(30), torch.randn(20, 30).double()], ids=["0", "1", "64"]
+)
+def test_masks_that_pytorchs_function_takes_for_some_shapes_only(mask):
+    query, key = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 30, 8)
+    exact = F.scaled_dot_product_attention(
+        *(it.double() for it in (query, key, key)), attn_mask=mask.double().expand(20, 30)
+    )
+    torch.testing.assert_close(sdpa(query, key, key, attn_mask=mask).double(), exact, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("who", ["sdpa", "attention", "a wrapper of it"])
 def test_in_its_place_nobody_goes_in_circles(monkeypatch, who):
     """Whoever calls PyTorch's public name comes to us, and we find PyTorch's own behind it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,19 @@ class Plain:
         self.calls.append(query.shape[2])
         if query.shape[2] > self.room:
             raise RuntimeError("out of memory")
-        return (query @ key.mT * scale).softmax(-1) @ value, None
+        return self.attend_traced(query, key, value, mask, scale), None
+
+    def why_not_traced(self, device, mask):
+        return []
+
+    def attend_traced(self, query, key, value, mask, scale):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = query.to(wide) @ key.to(wide).mT * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        return (weights.to(wide) @ value.to(wide)).to(value.dtype)
 
 
 @pytest.fixture
@@ -251,11 +265,134 @@ def test_an_engine_need_not_be_hashable(plain, monkeypatch):
     assert computed()[0].engine == computed()[0].engine == "plain"
     order.withdraw("plain")
     assert computed()[0].engine == order.names()[0]
+    order.register(plain)
 
 
 def test_an_engine_has_a_name_of_its_own(plain):
     with pytest.raises(ValueError, match="an engine called plain already"):
         order.register(plain)
+    plain.NAME = "automatic"  # which the setting has for none of them
+    with pytest.raises(ValueError, match="an engine called automatic already"):
+        order.register(plain)
+    plain.NAME = "plain"
+
+
+@pytest.mark.parametrize("name", [name for name in dir(Plain) if not name.startswith("_")])
+def test_what_an_engine_lacks_is_said_when_it_is_registered(name):
+    engine = Plain()
+    for other in (None, 5):
+        setattr(engine, name, other)
+        with pytest.raises(ValueError, match=rf"^the engine .* lacks {name} ?\(.*\); engines/base.py says"):
+            order.register(engine)
+    assert engine.NAME not in order.names()
+
+
+def test_only_one_that_pytorch_does_not_differentiate_needs_gradients():
+    engine = Recomputing()
+    engine.gradients = None
+    with pytest.raises(ValueError, match=r"^the engine 'plain' lacks gradients\(\); engines/base.py says"):
+        order.register(engine)
+    with pytest.raises(ValueError, match=r"lacks NAME \(str\), EXACT \(bool\), .*, attend\(\), .*, gradients\(\)"):
+        order.register("plain")
+
+
+def test_an_engine_that_is_not_there_is_said(plain):
+    others = ", ".join(order.names())
+    with pytest.raises(ValueError, match=f"^there is no engine called nothing; expected one of {others}$"):
+        order.withdraw("nothing")
+    engine = Plain()
+    engine.NAME = "plainer"
+    with pytest.raises(ValueError, match=f"^there is no engine called nothing; expected one of {others}$"):
+        order.register(engine, before="nothing")
+
+
+def test_one_engine_stays():
+    before = order.engines()
+    try:
+        for name in order.names()[:-1]:
+            order.withdraw(name)
+        with pytest.raises(ValueError, match=f"^{before[-1].NAME} is the only engine; expected another"):
+            order.withdraw(before[-1].NAME)
+    finally:
+        for engine in reversed(before[:-1]):
+            order.register(engine, before=order.names()[0])
+    assert order.engines() == before
+
+
+MASKS = {
+    "bool": (torch.rand(1, 2, 512, 512) > 0.5).index_fill(2, torch.arange(5), False),
+    "of keys": torch.rand(512) > 0.5,
+    "of queries": torch.rand(512, 1) > 0.5,
+    "float": torch.randn(512, 512).index_fill(0, torch.arange(5), -torch.inf),
+    "float64": torch.randn(512, 512, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("how", ["whole", "chunks", "vmap", "compiled"])
+def test_a_whole_engine_applies_masks_and_is_traced(how, mask, dtype):
+    """As those of ours do, whichever way a call comes to it."""
+    query, key, value = (it.to(dtype) for it in tensors())
+    mask, engine = MASKS[mask], Plain()
+    expected = attention(query, key, value, mask=mask, settings=Settings(engine=order.names()[-1]))
+    settings = Settings(query_chunk=100) if how == "chunks" else Settings()
+    order.register(engine, before=order.names()[0])
+    try:
+        call = partial(attention, mask=mask, settings=settings)
+        if how == "vmap":
+            found = torch.func.vmap(call)(*(it[None] for it in (query, key, value)))[0]
+        elif how == "compiled":
+            if not hasattr(getattr(torch, "compiler", None), "is_compiling"):
+                pytest.skip("torch.compiler.is_compiling is newer")
+            torch.compiler.reset()  # which counts how often one function is compiled
+            found = torch.compile(call, fullgraph=True, backend="eager")(query, key, value)
+        else:
+            found = call(query, key, value)
+            assert len(engine.calls) == (6 if how == "chunks" else 1)
+    finally:
+        order.withdraw(engine.NAME)
+    torch.testing.assert_close(found, expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+GIVES = {
+    "no pair": (lambda output: output, "a Tensor; expected (result, statistics or None)"),
+    "nothing": (lambda output: (None, None), "a tuple; expected (result, statistics or None)"),
+    "too few rows": (
+        lambda output: (output[:, :, :-1], None),
+        "[1, 2, 511, 8] in torch.float32 as its result; expected",
+    ),
+    "three dimensions": (lambda output: (output[0], None), "[2, 512, 8] in torch.float32 as its result; expected"),
+    "another dtype": (
+        lambda output: (output.double(), None),
+        "[1, 2, 512, 8] in torch.float64 as its result; expected [1, 2, 512, 8]",
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("gives", GIVES)
+def test_a_result_that_is_none_is_said(gives, grad, plain):
+    attend, (given, words) = plain.attend, GIVES[gives]
+    plain.attend = lambda *arguments: given(attend(*arguments)[0])
+    for watched in (False, True):
+        with pytest.raises(TypeError, match=re.escape(f"the engine plain gave {words}")):
+            with torch.autograd.graph.saved_tensors_hooks(*2 * [lambda it: it]) if watched else nullcontext():
+                computed(grad=grad)
+
+
+@pytest.mark.parametrize("statistics", [None, torch.zeros(1, 2, 512), torch.zeros(1, 2, 512, 2).half()], ids=str)
+def test_statistics_that_are_none_are_said(statistics):
+    engine = Recomputing()
+    attend = engine.attend
+    engine.attend = lambda *arguments: (attend(*arguments)[0], statistics)
+    order.register(engine, before=order.names()[0])
+    try:
+        with pytest.raises(TypeError, match=r"^the engine plain gave .* as its statistics; expected \[1, 2, 512, 2\]"):
+            computed(grad=True)
+        computed()  # where nobody needs them
+    finally:
+        order.withdraw(engine.NAME)
 
 
 # ------------------------------------------------------------------------------------------- who may name an engine

@@ -20,6 +20,7 @@ from lib_subquad.engines.portable.sizes import piece_bytes, shares
 from lib_subquad.plan import limit_bytes
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
+from tests.threads import torch_threads
 
 MIB = devices.MIB
 PLENTY = 64 * devices.GIB
@@ -35,10 +36,8 @@ def plan_sd15(settings=Settings(), shapes=SD15, dtype=torch.float32, free_bytes=
 @pytest.fixture(autouse=True)
 def two_threads():
     """What is efficient, and what a kernel allocates, goes with their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture
@@ -356,9 +355,8 @@ def in_turn(monkeypatch):
         monkeypatch.setattr(workers, "available", lambda *tensors: threads)
         monkeypatch.setattr(workers, "share", share)
 
-    before = torch.get_num_threads()
-    yield become
-    torch.set_num_threads(before)
+    with torch_threads(torch.get_num_threads()):
+        yield become
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
 
-from lib_subquad import Settings, attention, plan
+from lib_subquad import Settings, attention, plan, sdpa
+from lib_subquad.engines import order
 from lib_subquad.problem import Problem
+from lib_subquad.settings import shown
 from lib_subquad.tensors import mask_with_four_dimensions
 
 QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
@@ -121,6 +124,63 @@ def test_what_are_no_settings_is_said(settings):
         with pytest.raises(ValueError, match="^settings is .*; expected a Settings such as") as refused:
             ask()
         assert ("makes one of a dictionary" in str(refused.value)) == isinstance(settings, dict)
+
+
+NO_SCALES = [
+    "0.3", 1j, [1.0, 2.0], torch.ones(2), torch.tensor(True), float("nan"), -float("inf"), True, 10**400,
+    torch.tensor(float("nan")), Fraction(10**400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("scale", NO_SCALES, ids=lambda scale: shown(scale, 20))
+def test_what_is_no_scale_is_said(scale, engine):
+    """Also by a call that is like one before."""
+    attention(**tensors(), settings=Settings(engine=engine))
+    with pytest.raises(ValueError, match="^scale is .*; expected a finite number$"):
+        attention(**tensors(), scale=scale, settings=Settings(engine=engine))
+
+
+def test_a_scale_that_would_get_no_gradient():
+    scale = torch.tensor(0.3, requires_grad=True)
+    with pytest.raises(ValueError, match="^scale is a tensor that needs a gradient, which attention does not give"):
+        attention(**tensors(), scale=scale)
+    given = tensors()
+    with torch.no_grad():
+        assert torch.equal(attention(**given, scale=scale), attention(**given, scale=scale.item()))
+
+
+@pytest.mark.parametrize("scale", [2, Fraction(1, 4), torch.tensor([0.3]), torch.tensor(2)], ids=repr)
+def test_a_scale_of_whatever_type_of_number(scale):
+    given = tensors()
+    assert torch.equal(attention(**given, scale=scale), attention(**given, scale=float(scale)))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask"])
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_mkldnn", "nested"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_a_tensor_that_is_not_dense_is_said(name, kind):
+    """After a dense one of its sizes, too."""
+    given = tensors(mask=(2, 3, 5, 7))
+    attention(**given)
+    dense = given[name]
+    given[name] = torch.nested.nested_tensor(list(dense)) if kind == "nested" else getattr(dense, kind)()
+    with pytest.raises(ValueError, match=f"^{name} is (torch.(sparse_|_mkldnn)|a nested tensor).*; expected "):
+        attention(**given)
+
+
+@pytest.mark.parametrize("report", ["print", [], 5, False])
+def test_a_report_that_cannot_be_called_is_said_before_anything_is_computed(report, monkeypatch):
+    monkeypatch.setattr(order.engines()[0], "attend", lambda *given: pytest.fail("this was for nothing"))
+    for call in (attention, sdpa):
+        with pytest.raises(ValueError, match="^report is .*; expected a function that takes a Plan$"):
+            call(*torch.randn(3, *QUERY), report=report)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cpu:x", "", None, 3.5, ["cpu"]], ids=repr)
+def test_plan_refuses_what_is_no_device(device):
+    with pytest.raises(ValueError, match="^device is .*; expected one such as 'cpu' or 'cuda:0'$"):
+        plan(QUERY, KEY, VALUE, torch.float32, device)
 
 
 def test_a_mask_without_a_dtype_is_refused():

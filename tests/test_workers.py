@@ -19,6 +19,7 @@ from lib_subquad import Settings, attention
 from lib_subquad.engines.base import Sizes
 from lib_subquad.engines.portable import workers
 from lib_subquad.engines.portable.sizes import shares
+from tests.threads import torch_threads
 
 ROOT = Path(__file__).parents[1]
 PORTABLE = Settings(engine="portable")
@@ -38,10 +39,8 @@ needs_threads = pytest.mark.skipif(not workers._EACH_ITS_OWN, reason="this PyTor
 def three_threads(monkeypatch):
     """They share what takes long: here, everything."""
     monkeypatch.setattr(workers, "LEAST", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(3):
+        yield
 
 
 @pytest.fixture

@@ -1,18 +1,22 @@
 """What an engine is, and what engines share.
 
-An engine is a module, or any object, with the names of `Engine`. To add one, write it and put it into `order`.
+An engine is a module, or any object, with the names of `Engine`: all of them, but for `gradients` where it is
+DIFFERENTIABLE. To add one, write it and put it into `order`, or `order.register` it while a program runs.
+tests/test_engines.py has a whole one, small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import device as devices
+from .. import memory
 from ..problem import Problem, item_bytes
-from ..settings import Settings
+from ..settings import Settings, shown
 
 
 class Sizes(NamedTuple):
@@ -21,6 +25,17 @@ class Sizes(NamedTuple):
     queries: int
     keys: int
     heads: int
+
+
+class Kept(NamedTuple):
+    """What is kept of a call for its gradients: its tensors in four dimensions, and each row's statistics."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    output: Tensor
+    statistics: Tensor
 
 
 class Engine(Protocol):
@@ -72,39 +87,91 @@ class Engine(Protocol):
         """One query chunk, or several at once.
 
         Args:
-            query: [batch, heads, query chunk, width], `key` and `value` [batch, heads, keys, width], any strides.
-            mask: its sizes full or one.
+            query: [batch, heads, query chunk, width], `key` [batch, heads, keys, width], `value` [batch, heads, keys,
+                value width], any strides; dtypes are those of `problem`.
+            mask: [batch, heads, query chunk, keys], any of these one where it is the same for all; bool (True = may
+                attend) or of any floating-point dtype, added to the scores. An engine that gives no masked results, or
+                none for this one, says so in `why_not`: what it is given it must apply.
+            scale: of the scores, which are scale * query . key^T.
 
         Returns:
-            [batch, heads, query chunk, value width] in value's dtype; and where gradients will be recomputed each row's
-            largest score and its sum of exp(score - largest), [batch, heads, query chunk, 2] in the dtype of the
-            computation.
+            [batch, heads, query chunk, value width] in value's dtype, where a row that may attend to nothing (all of it
+            False, or -inf) is zeros; and where gradients will be recomputed (`problem.grad`, and the engine is not
+            DIFFERENTIABLE) each row's largest score and its sum of exp(score - largest), [batch, heads, query chunk, 2]
+            in the dtype of the computation, else None.
         """
 
     @staticmethod
     def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
-        """Every reason why `attend_traced` would not do on this device; asks PyTorch nothing."""
+        """Every reason why `attend_traced` would not do on this device; asks PyTorch nothing. One that cannot be traced
+        at all says so here, and another takes the call."""
 
     @staticmethod
     def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """All of a call whose tensors have one dtype, in operators that torch.compile, torch.export and torch.func see
-        through: no chunks, no limit."""
+        """All of a call whose tensors have one dtype, [..., tokens, width], in operators that torch.compile,
+        torch.export and torch.func see through: no chunks, no limit. The mask broadcasts, and counts as in `attend`."""
 
     @staticmethod
     def gradients(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        output: Tensor,
-        statistics: Tensor,
-        grad_output: Tensor,
-        scale: float,
-        sizes: Sizes,
-        wanted: Sequence[bool],
+        kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of query, key, value and mask from the statistics, where PyTorch does not give them. An engine that
-        is DIFFERENTIABLE has no such function."""
+        """Gradients of query, key, value and mask, each in its tensor's dtype, None where it is not `wanted`; from the
+        statistics, where PyTorch does not give them. An engine that is DIFFERENTIABLE has no such function."""
+
+
+def check_engine(engine: Any) -> None:
+    """Say what `engine` lacks to be one.
+
+    Raises:
+        ValueError: it lacks a name of `Engine`, or has something else there; the message tells all of them.
+    """
+    kinds = {"NAME": str, "EXACT": bool, "SPLITS_KEYS": bool, "DIFFERENTIABLE": bool, "WHY": str}
+    lacks = [
+        f"{name} ({kind.__name__})" for name, kind in kinds.items() if type(getattr(engine, name, None)) is not kind
+    ]
+    for name, function in vars(Engine).items():
+        optional = name == "gradients" and getattr(engine, "DIFFERENTIABLE", False) is True
+        if isinstance(function, staticmethod) and not optional and not callable(getattr(engine, name, None)):
+            lacks.append(f"{name}()")
+    if lacks:
+        called = shown(getattr(engine, "NAME", engine))
+        raise ValueError(f"the engine {called} lacks {', '.join(lacks)}; engines/base.py says what each is")
+
+
+def attended(
+    engine: Engine,
+    problem: Problem,
+    sizes: Sizes,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`engine.attend`, and a look at what it gives.
+
+    Raises:
+        TypeError: it is not what `Engine.attend` returns; the message says what it is and what was expected.
+    """
+    found = engine.attend(problem, sizes, query, key, value, mask, scale)
+    wrong = _wrong(engine, problem, found, query.shape[:3], value.shape[3])
+    if wrong:
+        memory.forget()  # so that the next call is not taken for one that is known
+        raise TypeError(f"the engine {engine.NAME} gave {wrong}")
+    return found
+
+
+def _wrong(engine: Engine, problem: Problem, found: Any, rows: tuple[int, ...], value_width: int) -> str:
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
+        return f"a {type(found).__name__}; expected (result, statistics or None)"
+    expected = [("result", found[0], (*rows, value_width), problem.value_dtype)]
+    if problem.grad and not engine.DIFFERENTIABLE and not torch.is_grad_enabled():  # and they will be recomputed
+        expected.append(("statistics", found[1], (*rows, 2), devices.compute_dtype(problem.dtype)))
+    for name, it, shape, dtype in expected:
+        if not isinstance(it, Tensor) or it.shape != shape or it.dtype != dtype:
+            given = f"{list(it.shape)} in {it.dtype}" if isinstance(it, Tensor) else f"a {type(it).__name__}"
+            return f"{given} as its {name}; expected {list(shape)} in {dtype}"
+    return ""
 
 
 def call_bytes(problem: Problem, chunk: int, attend_bytes: Callable[[int], int]) -> int:

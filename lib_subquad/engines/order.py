@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from .. import settings
 from . import fused, portable
-from .base import Engine
+from .base import Engine, check_engine
 
 _engines: tuple[Engine, ...] = ()
 _changes = 0
 
 
 def register(engine: Engine, before: str | None = None) -> None:
-    """Add an engine: ahead of the one called `before`, or at the end. Settings offer it from then on.
+    """Add an engine: ahead of the one called `before`, or at the end, where it is taken for what none before it can do.
+    Settings offer it from then on.
 
     Raises:
-        ValueError: there is one of that name, or none called `before`.
+        ValueError: it lacks something, there is one of that name, or none called `before`.
     """
-    if engine.NAME in names():
+    check_engine(engine)
+    if engine.NAME in settings.OPTIONS["engine"].choices:
         raise ValueError(f"there is an engine called {engine.NAME} already")
-    place = len(_engines) if before is None else names().index(before)
+    place = len(_engines) if before is None else _engines.index(_existing(before))
     _change((*_engines[:place], engine, *_engines[place:]))
 
 
 def withdraw(name: str) -> None:
-    """Take an engine out again."""
-    _change(tuple(engine for engine in _engines if engine.NAME != name))
+    """Take an engine out again.
+
+    Raises:
+        ValueError: there is none of that name, or no other.
+    """
+    engine = _existing(name)
+    if len(_engines) == 1:
+        raise ValueError(f"{name} is the only engine; expected another one to be registered before")
+    _change(tuple(other for other in _engines if other is not engine))
+
+
+def _existing(name: str) -> Engine:
+    try:
+        return named(name)
+    except KeyError:
+        raise ValueError(f"there is no engine called {name}; expected one of {', '.join(names())}") from None
 
 
 def _change(engines: tuple[Engine, ...]) -> None:

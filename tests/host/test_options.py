@@ -175,7 +175,7 @@ def test_an_engine_that_comes_later_is_known_then(subquad):
 
     shared.opts.data["subquad_engine"] = "late"
     assert subquad.options.current().engine == "automatic"
-    order.register(SimpleNamespace(NAME="late", EXACT=False))
+    order.register(SimpleNamespace(**{**vars(order.engines()[-1]), "NAME": "late", "EXACT": False}))
     try:
         assert subquad.options.current().engine == "late"
     finally:

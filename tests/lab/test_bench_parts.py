@@ -314,6 +314,10 @@ def test_the_report_compares_shape_by_shape_and_over_all():
     assert "beside 2 busy programs" in report.heading(record | {"busy": 2}) and "busy" not in report.heading(record)
     assert "took 0% to 30% of the processors" in text and "load average 1.5 before, 2.5 after" in text
     assert "python -m lib_subquad bench" in text
+    assert (
+        "error: the largest absolute one of a sample of rows against float64. What was measured once is not to" in text
+    )
+    assert "not to be trusted" not in bench.report(record, [result("sdpa", 1.0, 2.0)], ["sdpa"])
     summary = text[text.index("all shapes") :]
     assert "| ours       |         4.00 |  8.00 |                 2.00 |" in summary
 

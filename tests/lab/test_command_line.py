@@ -90,6 +90,22 @@ def test_a_file_without_layers_is_said(command, shapes, more, words, tmp_path, c
     assert words in capsys.readouterr().err
 
 
+def test_what_an_option_is_without_being_given_may_be_given():
+    _, commands = command_line.build_parser()
+    numbers = [
+        (command, action.option_strings[0], action.default)
+        for command, parser in commands.items()
+        for action in parser._actions
+        if type(action.default) is int
+    ]
+    assert ("bench", "--busy", 0) in numbers and len(numbers) > 10
+    for command, option, default in numbers:
+        parser = commands[command]
+        required = [it for action in parser._actions if action.required for it in (action.option_strings[0], "x")]
+        given = parser.parse_args([*required, option, str(default)])
+        assert getattr(given, option.removeprefix("--").replace("-", "_")) == default
+
+
 @pytest.fixture
 def unet_header(tmp_path):
     """A U-Net of one layer to whoever reads the header only."""

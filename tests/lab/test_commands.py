@@ -84,12 +84,17 @@ def test_ctrl_c_keeps_what_was_measured(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["plan", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (
+            ["plan", "--checkpoint", "no/such/model.safetensors"],
+            "plan: --checkpoint no/such/model.safetensors: there is",
+        ),
+        (["lab", "--checkpoint", "no/such/model"], "lab: --checkpoint no/such/model: there is no such file\n"),
         (["plan", "--checkpoint", __file__], "safetensors"),
         (["lab", "--checkpoint", "CHECKPOINT", "--size", "huge"], "expected pixels such as 512"),
         (["lab", "--checkpoint", "CHECKPOINT", "--device", "gameboy"], "cannot be used"),
         (["lab", "--checkpoint", "CHECKPOINT", "--plot", "no/such/folder.png"], "there is no folder"),
         (["lab", "--checkpoint", "CHECKPOINT", "--query-chunk", "-5"], "query_chunk"),
+        (["bench", "--busy", "-1"], "'-1'; expected a whole number of at least 0"),
         (["bench", "--busy", "2", "--calm", "8"], "--busy has no meaning with --calm"),
         (["bench", "--busy", "1", "--overhead"], "--busy has no meaning with --overhead"),
     ],

@@ -20,25 +20,16 @@ from torch import Tensor
 
 from ... import device as devices
 from ...tensors import rows_of
-from ..base import Sizes
+from ..base import Kept, Sizes
 from . import workers
 from .attend import exp_, group_of, key_parts, scaled, score, score_buffer, shaped
 from .sizes import Group, head_groups, shares, slices
 
 
 def gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    output: Tensor,
-    statistics: Tensor,
-    grad_output: Tensor,
-    scale: float,
-    sizes: Sizes,
-    wanted: Sequence[bool],
+    kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of query, key, value and mask, each in its tensor's dtype, None where it is not wanted."""
+    query, key, value, mask, output, statistics = kept
     compute = devices.compute_dtype(query.dtype)
     tensors = (query, key, value, mask)
     grad_query, grad_key, grad_value, grad_mask = sums = [

@@ -74,9 +74,11 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
 
 
 def _legend(record: dict, results: Sequence[Result]) -> str:
+    once = any(len(result.good) == 1 for result in results)
+    warning = " What was measured once is not to be trusted: times change from one round to the next." if once else ""
     return (
         f"{how_often(results)}ratios: medians of each round's own; peak memory: beside the inputs, result included; "
-        f"error: the largest absolute one of a sample of rows against float64.{busyness(record)}"
+        f"error: the largest absolute one of a sample of rows against float64.{warning}{busyness(record)}"
     )
 
 

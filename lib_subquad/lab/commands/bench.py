@@ -19,7 +19,7 @@ from ..bench.shapes import DEFAULT, SHAPE_HELP, Shape, parse_shape
 from ..bench.work import Job
 from ..explain import sizes
 from . import files, measuring
-from .arguments import argument, positive
+from .arguments import argument, count
 
 # A whole layer of SD 1.5 at 512²: 4,096 tokens of 320 channels.
 LAYER_SHAPES = ("sd15-512", "sd15-512-cross77")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measuring.add_arguments(parser, repeats=5, timeout=600)
     parser.add_argument(
         "--busy",
-        type=positive,
+        type=count,
         default=0,
         metavar="N",
         help="run N other programs meanwhile, each of which keeps a core busy (default: %(default)s)",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...checkpoint import read_attention_layers
+from ...checkpoint import CheckpointError, read_attention_layers
 from ...console import UserError
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         type=positive,
         metavar="N",
-        help="heads of every U-Net layer (default: as the file's family has them)",
+        help="heads of every layer outside the VAE (default: as the file's family has them)",
     )
     parser.add_argument(
         "--size", default="512", metavar="PIXELS", help="of the image: 512 or 1024x1536 (default: %(default)s)"
@@ -67,7 +67,10 @@ def read(arguments: argparse.Namespace) -> Question:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
-    checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    try:
+        checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    except CheckpointError as error:  # which names the file without its folder
+        raise UserError(f"--checkpoint {arguments.checkpoint}: {error.__cause__ or error}") from error
     if not checkpoint.layers:
         raise UserError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
     question = Question(
