@@ -317,7 +317,7 @@ def test_the_report_compares_shape_by_shape_and_over_all():
     assert (
         "error: the largest absolute one of a sample of rows against float64. What was measured once is not to" in text
     )
-    assert "not to be trusted" not in bench.report(record, [result("sdpa", 1.0, 2.0)], ["sdpa"])
+    assert "not to be trusted" not in report.report(record, [result("sdpa", 1.0, 2.0)], ["sdpa"])
     summary = text[text.index("all shapes") :]
     assert "| ours       |         4.00 |  8.00 |                 2.00 |" in summary
 

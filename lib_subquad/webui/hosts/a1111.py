@@ -14,12 +14,14 @@ from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent
 from modules.sd_hijack_optimizations import SdOptimization
 from torch import Tensor
 
+from ...checkpoint import PROMPT_TOKENS
+from ...console import UserError
 from ...layers import ldm, projections
 from ...layers.heads import heads_attention
 from .. import status
 from ..status import Reach
 from . import pins
-from .base import Host, Loaded, Refused, Standing, readable
+from .base import Host, Loaded, Standing, readable
 from .hooks import Hook
 
 
@@ -198,6 +200,8 @@ ENTRY = Subquad()
 class A1111(Host):
     """A web UI with a list of optimizations, of which the user selects one."""
 
+    t5_tokens = PROMPT_TOKENS  # its SD 3 fills T5's tokens up to as many as CLIP's
+
     @property
     def active(self) -> bool:
         return ENTRY.active
@@ -238,7 +242,7 @@ class A1111(Host):
     def loaded(self) -> Loaded:
         model = sd_models.model_data.sd_model  # shared.sd_model would load one
         if model is None:
-            raise Refused("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+            raise UserError("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
         filename = readable(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
         return Loaded(filename, lambda: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 

@@ -35,7 +35,6 @@ KNOWN = {
     "dynamic": "dynamic attention",
     "flex": "FlexAttention",
 }
-Refused = UserError  # by this name the hosts raise it
 IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
 
 

@@ -12,11 +12,12 @@ from types import FunctionType, ModuleType
 import torch
 from torch import nn
 
+from ...console import UserError
 from ...settings import Settings
 from .. import options
 from ..status import Reach
 from . import places
-from .base import UNET, VAE, Loaded, Refused, Switched, in_words, module, readable
+from .base import UNET, VAE, Loaded, Switched, in_words, module, readable
 from .hooks import home, owner
 from .places import KEPT, Original, Place
 from .wrapper import Wrapper
@@ -24,7 +25,7 @@ from .wrapper import Wrapper
 CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
 
 
-class Kept:
+class InstancesOwn:
     """Stands in a class for the function that each of its instances keeps; the instances keep what they had."""
 
     def __init__(self, host: Functions, keeper: type) -> None:
@@ -81,7 +82,7 @@ class Functions(Switched):
                 if type(value) in (FunctionType, Wrapper):
                     self._take(Place(held_in, name), value)
             for keeper in places.classes_that_keep(held_in):
-                setattr(keeper, KEPT, Kept(self, keeper))
+                setattr(keeper, KEPT, InstancesOwn(self, keeper))
                 self._classes.add(keeper)
 
     def undo(self) -> None:
@@ -130,7 +131,7 @@ class Functions(Switched):
             return Loaded(filename, lambda: _shapes(model))
         chosen = self._chosen_file()
         if not readable(chosen):
-            raise Refused("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+            raise UserError("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
         return Loaded(chosen, note="It is not loaded yet: the web UI loads it for the next image.")
 
     def dtype(self) -> torch.dtype:
