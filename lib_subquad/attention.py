@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import device as devices
@@ -19,7 +20,7 @@ from .problem import check, check_mask, check_scale
 from .recompute import AttentionNode
 from .retry import Chunks
 from .settings import Settings, check_settings
-from .tensors import mask_with_four_dimensions, with_four_dimensions
+from .tensors import as_small_as_it_is, mask_with_four_dimensions, with_four_dimensions
 from .tracing import attend_traced, is_traced
 
 
@@ -61,8 +62,11 @@ def attention(
     if is_traced(query, key, value):
         check(query, key, value, mask)
         return attend_traced(query, key, value, mask, scale, settings, report)
-    if mask is not None and type(mask) is not Tensor:
-        check_mask(mask)
+    if mask is not None:
+        if type(mask) is not Tensor:
+            check_mask(mask)
+        elif mask.layout is torch.strided and 0 in mask.stride() and not mask.requires_grad:
+            mask = as_small_as_it_is(mask)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
     query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))

@@ -14,6 +14,14 @@ def with_four_dimensions(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -4)
 
 
+def as_small_as_it_is(mask: Tensor) -> Tensor:
+    """A mask with those dimensions one along which it is expanded, which PyTorch and a plan would take for full."""
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
 def mask_with_four_dimensions(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
     """A mask that broadcasts to [*leading, queries, keys] in four dimensions, each full or one."""
     mask = mask[(None,) * (len(leading) + 2 - mask.dim())]

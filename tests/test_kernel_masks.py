@@ -273,3 +273,12 @@ def test_no_more_entries_or_heads_than_the_kernel_takes(monkeypatch, gpu, refere
 def at_most_4(query, key, value, attn_mask, scale):
     assert max(query.shape[:2]) <= 4
     return OWN(query, key, value, attn_mask=attn_mask, scale=scale)
+
+
+@pytest.mark.parametrize("engine", ["automatic", "portable"])
+def test_the_plan_of_an_expanded_mask_is_that_of_what_it_holds(gpu, engine):
+    gpu(EFFICIENT)
+    plans = []
+    for mask in (random_mask(BATCH, 1, 1, KEYS), random_mask(BATCH, 1, 1, KEYS).expand(BATCH, HEADS, QUERIES, KEYS)):
+        attention(*tensors(), mask=mask, settings=Settings(engine=engine), report=plans.append)
+    assert plans[0] == plans[1]

@@ -20,6 +20,7 @@ from .. import device as devices
 from .. import memory
 from ..problem import Problem, item_bytes
 from ..settings import Settings
+from ..tensors import as_small_as_it_is
 from . import pytorch
 from .base import Sizes, call_bytes, half, overruled
 
@@ -245,9 +246,7 @@ def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _mask_as_kernels_want(problem: Problem, mask: Tensor) -> Tensor:
     """The mask as the kernel was asked for: one that wants a gradient, even where none is recorded, has none, nor has
     one whose keys are not side by side. What is expanded is made small again: PyTorch computes with all of it."""
-    mask = mask.detach()
-    for dim, stride in enumerate(mask.stride()):
-        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] > 1 else mask
+    mask = as_small_as_it_is(mask.detach())
     dtype = _mask_dtype(problem)
     if not devices.rules(problem.device).masks_in_rows:
         return mask.to(dtype)
