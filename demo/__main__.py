@@ -7,8 +7,8 @@ import os
 import sys
 
 from demo.host import change_setting, install_modules, start
-from demo.inputs import DemoError, check_output, check_steps, parse_setting, parse_size
-from lib_subquad.console import say
+from demo.inputs import check_output, check_steps, parse_setting, parse_size
+from lib_subquad.console import UserError, say
 
 PROMPT = "a lighthouse by the sea"
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         run(args)
-    except DemoError as e:
+    except UserError as e:
         say(f"demo: {e}", sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     check_steps(args.steps)
     output = check_output(args.once) if args.once else None
     if args.checkpoint and not os.path.isfile(args.checkpoint):
-        raise DemoError(f"checkpoint {args.checkpoint!r}: there is no such file")
+        raise UserError(f"checkpoint {args.checkpoint!r}: there is no such file")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from modules.shared_cmd_options import cmd_opts
 

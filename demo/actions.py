@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from demo import comparison, settings_panel
-from demo.generate import Generation, generate
+from demo.generate import MadeImage, generate
 from demo.host import optimizer_in_force, use_optimizer
-from demo.inputs import DemoError
+from lib_subquad.console import UserError
 from lib_subquad.webui import status
 
 # gradio finds it among a function's defaults and puts a live one in its place: the bar over the results
@@ -49,7 +49,7 @@ class Actions:
         # their changes have been applied as they came, but requests can overtake each other
         try:
             settings_panel.apply(dict(zip(self.setting_keys, values, strict=True)))
-        except DemoError as e:
+        except UserError as e:
             raise gr.Error(str(e)) from e
 
 
@@ -58,7 +58,7 @@ def plan_line() -> str:
     return f"<div class='plan'><b>Last plan</b> {escape(status.summary())}</div>"
 
 
-def _one(prompt: str, seed: float | None, width: int, height: int, steps: int, progress: Callable) -> Generation:
+def _one(prompt: str, seed: float | None, width: int, height: int, steps: int, progress: Callable) -> MadeImage:
     if seed is None:
         raise gr.Error("Seed must be a number")
     title = optimizer_in_force()
@@ -71,11 +71,11 @@ def _one(prompt: str, seed: float | None, width: int, height: int, steps: int, p
             int(steps),
             progress=lambda done, total: progress((done, total), desc=title, unit="steps"),
         )
-    except DemoError as e:
+    except UserError as e:
         raise gr.Error(str(e)) from e
     comparison.record(generation, int(steps))
     return generation
 
 
-def _results(generation: Generation) -> tuple:
+def _results(generation: MadeImage) -> tuple:
     return generation.image, plan_line(), comparison.table(), generation.infotext

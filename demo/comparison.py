@@ -6,9 +6,10 @@ from html import escape
 
 from modules.shared_items import cross_attention_optimizations
 
-from demo.generate import Generation
+from demo.generate import MadeImage
+from lib_subquad.lab import tables
 
-_latest: dict[str, tuple[Generation, str]] = {}
+_latest: dict[str, tuple[MadeImage, str]] = {}
 
 
 def optimizers() -> list[str]:
@@ -16,7 +17,7 @@ def optimizers() -> list[str]:
     return [title for title in cross_attention_optimizations() if title != "Automatic"]
 
 
-def record(generation: Generation, steps: int) -> None:
+def record(generation: MadeImage, steps: int) -> None:
     """Remember the latest image of its optimizer."""
     width, height = generation.image.size
     _latest[generation.optimizer] = generation, f"{width}×{height}, {steps} steps"
@@ -33,5 +34,5 @@ def _row(title: str) -> str:
     cells = [title, "–", "–", "–"]
     if title in _latest:
         generation, what = _latest[title]
-        cells[1:] = what, f"{generation.seconds:.2f} s", f"{generation.peak_bytes / 2**20:,.0f} MiB"
+        cells[1:] = what, f"{generation.seconds:.2f} s", tables.memory(generation.peak_bytes)
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -13,25 +13,26 @@ from PIL import Image
 
 from demo.host import optimizer_in_force
 from demo.inputs import check_size, check_steps
-from demo.memory import PeakMemory
 from demo.sampler import sample
+from lib_subquad.lab import tables
+from lib_subquad.lab.meter import PeakMemory, give_back_freed_memory
 
 SEED_MAX = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Generation:
-    """An image and what it took. `peak_bytes` is memory on top of the loaded model."""
+class MadeImage:
+    """An image and what it took. `peak_bytes` is memory on top of the loaded model, None where nothing tells it."""
 
     image: Image.Image
     infotext: str
     optimizer: str
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
 
     @property
     def cost(self) -> str:
-        return f"{self.seconds:.2f} s, {self.peak_bytes / 2**20:,.0f} MiB"
+        return f"{self.seconds:.2f} s, {tables.memory(self.peak_bytes)}"
 
 
 @dataclass
@@ -74,11 +75,11 @@ def generate(
     steps: int = 8,
     progress: Callable[[int, int], None] | None = None,
     **request,
-) -> Generation:
+) -> MadeImage:
     """Make one image with the optimizer in force. `request` goes to the processing object, e.g. `override_settings`.
 
     Raises:
-        DemoError: a size or a number of steps that the model cannot take.
+        UserError: a size or a number of steps that the model cannot take.
     """
     check_size(width, height)
     check_steps(steps)
@@ -94,9 +95,10 @@ def generate(
     )
     with queue_lock:
         devices.torch_gc()
-        with PeakMemory(devices.device) as peak:
+        give_back_freed_memory()
+        with PeakMemory(devices.device, sampled=True) as peak:
             started = time.perf_counter()
             processed = processing.process_images(p)
             seconds = time.perf_counter() - started
         optimizer = optimizer_in_force()
-    return Generation(processed.images[0], processed.infotexts[0], optimizer, seconds, peak.bytes)
+    return MadeImage(processed.images[0], processed.infotexts[0], optimizer, seconds, peak.bytes)

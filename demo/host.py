@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from demo.inputs import DemoError
+from lib_subquad.console import UserError
 
 
 def install_modules() -> None:
@@ -30,7 +30,7 @@ def start(checkpoint: str | None = None, optimizer: str = "Automatic") -> None:
     """Load the extension and a model, and put an optimizer in force.
 
     Raises:
-        DemoError: the checkpoint cannot be used, or no optimizer is called so.
+        UserError: the checkpoint cannot be used, or no optimizer is called so.
     """
     install_modules()
     from demo.model import load_checkpoint, random_model  # before anything else imports ldm, which talks on import
@@ -73,7 +73,7 @@ def title_of(wanted: str) -> str:
     """The title of the attention entry that is called `wanted`, by its title or the first word of it.
 
     Raises:
-        DemoError: no entry is called so.
+        UserError: no entry is called so.
     """
     from modules.shared_items import cross_attention_optimizations
 
@@ -81,7 +81,7 @@ def title_of(wanted: str) -> str:
     for title in cross_attention_optimizations():
         titles |= {title.casefold(): title, title.split(" - ")[0].casefold(): title}
     if wanted.casefold() not in titles:
-        raise DemoError(f"optimizer {wanted!r}: expected one of {', '.join(cross_attention_optimizations())}")
+        raise UserError(f"optimizer {wanted!r}: expected one of {', '.join(cross_attention_optimizations())}")
     return titles[wanted.casefold()]
 
 
@@ -89,14 +89,14 @@ def change_setting(key: str, value: Any) -> None:
     """Set an option as the page does.
 
     Raises:
-        DemoError: a --freeze flag forbids it.
+        UserError: a --freeze flag forbids it.
     """
     from modules import shared
 
     try:
         shared.opts.set(key, value)
     except AssertionError as e:
-        raise DemoError(str(e)) from e
+        raise UserError(str(e)) from e
 
 
 def optimizer_in_force() -> str:

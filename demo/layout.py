@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from demo.inputs import DemoError
-from lib_subquad.lab.capture import unet_architecture
+from lib_subquad.console import UserError
+from lib_subquad.lab.bench.capture import unet_architecture
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SD1_HEADS = 8
@@ -27,7 +27,7 @@ def architecture(shapes: Shapes, heads: int = SD1_HEADS) -> Architecture:
     """Read the architecture off a checkpoint's shapes. The number of heads leaves no trace in them.
 
     Raises:
-        DemoError: the layout is not that of SD 1.
+        UserError: the layout is not that of SD 1.
     """
     _refuse_other_layouts(shapes)
     try:
@@ -35,23 +35,23 @@ def architecture(shapes: Shapes, heads: int = SD1_HEADS) -> Architecture:
             unet=_unet(shapes, heads), decoder=_decoder(shapes), embed_dim=shapes[VAE + "post_quant_conv.weight"][1]
         )
     except (KeyError, IndexError) as e:
-        raise DemoError(f"checkpoint is not in the SD 1 layout: it lacks {e.args[0]}") from e
+        raise UserError(f"checkpoint is not in the SD 1 layout: it lacks {e.args[0]}") from e
 
 
 def _refuse_other_layouts(shapes: Shapes) -> None:
     if any(key.startswith("conditioner.") for key in shapes):
-        raise DemoError("checkpoint is in the SDXL layout; this demo loads SD 1")
+        raise UserError("checkpoint is in the SDXL layout; this demo loads SD 1")
     if any(key.startswith("cond_stage_model.model.") for key in shapes):
-        raise DemoError("checkpoint is in the SD 2 layout; this demo loads SD 1")
+        raise UserError("checkpoint is in the SD 2 layout; this demo loads SD 1")
     if not any(key.startswith(UNET) for key in shapes):
-        raise DemoError(f"checkpoint is not in the SD 1 layout: no tensor's name starts with {UNET}")
+        raise UserError(f"checkpoint is not in the SD 1 layout: no tensor's name starts with {UNET}")
 
 
 def _unet(shapes: Shapes, heads: int) -> dict:
     own = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
     found = unet_architecture(own)
     if found["in_channels"] != 4:
-        raise DemoError(
+        raise UserError(
             f"checkpoint's U-Net takes {found['in_channels']} channels; this demo makes images with 4, from text"
         )
     return {**found, "num_heads": heads}

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from demo.inputs import DemoError
 from demo.layout import SD1_HEADS, UNET, VAE, Architecture, architecture
+from lib_subquad.console import UserError
 
 # the layers of ldm announce themselves on stdout
 with contextlib.redirect_stdout(io.StringIO()):
@@ -123,12 +123,12 @@ def load_checkpoint(path: str) -> LatentDiffusion:
     """The model in a .safetensors file of the SD 1 layout, in float32.
 
     Raises:
-        DemoError: there is no such file, it cannot be read, or it holds something else.
+        UserError: there is no such file, it cannot be read, or it holds something else.
     """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise DemoError(f"checkpoint {path!r}: there is no such file")
+        raise UserError(f"checkpoint {path!r}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
@@ -136,19 +136,19 @@ def load_checkpoint(path: str) -> LatentDiffusion:
             wanted = model.state_dict()
             lacking = wanted.keys() - shapes.keys()
             if lacking:
-                raise DemoError(f"checkpoint is not in the SD 1 layout: it lacks {min(lacking)}")
+                raise UserError(f"checkpoint is not in the SD 1 layout: it lacks {min(lacking)}")
             surplus = {key for key in shapes if key.startswith((UNET, VAE + "decoder."))} - wanted.keys()
             if surplus:
-                raise DemoError(f"checkpoint is not in the SD 1 layout: it has {min(surplus)}")
+                raise UserError(f"checkpoint is not in the SD 1 layout: it has {min(surplus)}")
             for key, parameter in wanted.items():
                 if parameter.shape != shapes[key]:
-                    raise DemoError(
+                    raise UserError(
                         f"checkpoint is not in the SD 1 layout: {key} is {list(shapes[key])}, "
                         f"expected {list(parameter.shape)}"
                     )
                 parameter.copy_(file.get_tensor(key))
     except SafetensorError as e:
-        raise DemoError(f"checkpoint {path!r} is not a safetensors file: {e}") from e
+        raise UserError(f"checkpoint {path!r} is not a safetensors file: {e}") from e
     return model
 
 

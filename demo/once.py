@@ -9,7 +9,7 @@ from modules.shared_items import cross_attention_optimizations
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from demo.generate import Generation, generate
+from demo.generate import MadeImage, generate
 from demo.host import optimizer_in_force, use_optimizer
 from lib_subquad.console import say
 from lib_subquad.webui import status
@@ -22,7 +22,7 @@ def once(output: Path, prompt: str, seed: int, size: tuple[int, int], steps: int
     generate(prompt, seed, width, height, steps=1)  # the first run of a process pays for what later ones find ready
     titles = [title for title in cross_attention_optimizations() if title not in ("None", "Automatic")]
     column = max(map(len, titles)) + 2
-    done: dict[str, Generation] = {}
+    done: dict[str, MadeImage] = {}
     for title in ("None", *titles):
         use_optimizer(title)
         with tqdm(total=steps, desc=title, unit="step", leave=False) as bar:
@@ -36,7 +36,7 @@ def once(output: Path, prompt: str, seed: int, size: tuple[int, int], steps: int
     say(f"{output}: made with {chosen}")
 
 
-def _distance(image: Generation, reference: Generation) -> str:
+def _distance(image: MadeImage, reference: MadeImage) -> str:
     if image is reference:
         return ""
     apart = np.abs(np.asarray(image.image, dtype=int) - np.asarray(reference.image, dtype=int)).max()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from demo import host
 from lib_subquad.console import say
-from lib_subquad.lab import overhead
+from lib_subquad.lab.bench import overhead
 
 
 def cases() -> dict[str, overhead.Case]:

@@ -9,8 +9,8 @@ from modules import script_callbacks
 
 from demo import comparison, settings_panel
 from demo.actions import Actions, plan_line
-from demo.inputs import SIDE_MAX, SIDE_STEP, STEPS_MAX, DemoError
-from lib_subquad.console import say
+from demo.inputs import SIDE_MAX, SIDE_STEP, STEPS_MAX
+from lib_subquad.console import UserError, say
 
 CSS = """
 .settings-section {gap: 0 !important; border: 1px solid var(--border-color-primary); border-radius: 8px;
@@ -49,13 +49,13 @@ def serve(port: int, prompt: str, seed: int, size: tuple[int, int], steps: int) 
     """Serve the page on this machine until interrupted.
 
     Raises:
-        DemoError: the port is taken, or there is none of that number.
+        UserError: the port is taken, or there is none of that number.
     """
     blocks = build(prompt, seed, size, steps).queue()
     try:
         app, url, _ = blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
     except (OSError, OverflowError) as e:
-        raise DemoError(f"port {port} cannot be used: {e}") from e
+        raise UserError(f"port {port} cannot be used: {e}") from e
     script_callbacks.app_started_callback(blocks, app)
     say(f"The demo is at {url} - press Ctrl+C to end it.", sys.stderr)
     blocks.block_thread()

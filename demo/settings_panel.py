@@ -10,7 +10,7 @@ from modules import shared
 from modules.options import OptionInfo
 
 from demo.host import change_setting
-from demo.inputs import DemoError
+from lib_subquad.console import UserError
 
 WIDGETS = {str: gr.Textbox, int: gr.Number, bool: gr.Checkbox}
 
@@ -57,7 +57,7 @@ def _changed(key: str):
     def change(value: Any) -> str:
         try:
             apply({key: value})
-        except DemoError as e:
+        except UserError as e:
             return str(e)
         return f"{shared.opts.data_labels[key].label}: {getattr(shared.opts, key)}"
 

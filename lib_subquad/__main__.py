@@ -8,11 +8,12 @@ import errno
 import os
 import sys
 
-from .lab import bench, growth, lab_command, plan_command
+from .console import UserError
+from .lab.commands import bench, growth, lab, plan
 
 COMMANDS = {
-    "plan": (plan_command, "how attention will be computed for a checkpoint and an image size"),
-    "lab": (lab_command, "measure a checkpoint's shapes over engines and chunk sizes, recommend the best"),
+    "plan": (plan, "how attention will be computed for a checkpoint and an image size"),
+    "lab": (lab, "measure a checkpoint's shapes over engines and chunk sizes, recommend the best"),
     "bench": (bench, "measure ways to compute attention side by side"),
     "growth": (growth, "measure attention as the number of tokens doubles"),
 }
@@ -46,7 +47,7 @@ def _run(argv: list[str] | None) -> int:
     args = _parse(argv)
     try:
         return COMMANDS[args.command][0].run(args)
-    except ValueError as error:  # something the user gave; the message is a sentence for them
+    except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What we say on the console. Nothing that is said may raise: no line is worth an image.
+"""What we say to the user. Nothing that is said on the console may raise: no line is worth an image.
 
 Imports nothing of ours, so that install.py can run it by itself.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """What was asked for cannot be; the message is a sentence for the user, who can put it right."""
 
 
 def say(text: str, stream=None, end: str = "\n") -> None:

@@ -28,6 +28,9 @@ class Rules:
     `least_tile_bytes` the smallest that is still efficient: no count of free memory alone leads to a smaller one. Both
     are for each thread where `threads_share`: the threads of the portable engine's own then work on tiles of their own.
     `lazy_maximum` lets the portable engine check results on the host while it runs: free on the CPU, a stall elsewhere.
+    `masks_in_rows`: fused kernels read a mask only with its keys side by side. `cudnn`: PyTorch may take cuDNN's, whose
+    rows that may attend to nothing are not zeros. `widest_in_registers`: of half-precision values wider than this a
+    fused kernel keeps the results in float32 as well. `most_entries`: so many of a batch, or heads, fused kernels take.
     """
 
     no_fused: str = ""
@@ -40,6 +43,10 @@ class Rules:
     kv_tile: int = 4096
     lazy_maximum: bool = False
     threads_share: bool = False
+    masks_in_rows: bool = True
+    cudnn: bool = False
+    widest_in_registers: int | None = None
+    most_entries: int | None = None
 
     @property
     def keeps_scores(self) -> bool:
@@ -51,12 +58,24 @@ RULES = {
     # Tile: the best of a grid of 256-2048 queries x 256-1024 keys x 1-16 heads on two AVX-512 cores: buffers of 2 MiB
     # stay in the last-level cache. `python -m lib_subquad lab --device cpu` measures the grid again. With 1 MiB, 256
     # queries x 512 keys x 2 heads, calls took 1.05-1.4 times as long there; on 16 cores up to 4.5 times.
-    "cpu": Rules(tile_bytes=2 * MIB, least_tile_bytes=3 * MIB // 4, kv_tile=512, lazy_maximum=True, threads_share=True),
+    "cpu": Rules(
+        tile_bytes=2 * MIB,
+        least_tile_bytes=3 * MIB // 4,
+        kv_tile=512,
+        lazy_maximum=True,
+        threads_share=True,
+        masks_in_rows=False,  # PyTorch PR #158424 asks for them everywhere else
+    ),
     # Tiles on accelerators: large enough that launching a kernel (about 10 us) is lost beside computing one, small
     # enough to fit a 4 GB card. Measured on an H100 only, where launching weighs most: 16 MiB takes 1.2-1.85 times as
     # long as 128, 8 MiB 1.6-3.2 times, 512 MiB 0.8-0.97 times.
-    "cuda": Rules(),
-    "rocm": Rules(),
+    # cuDNN: PyTorch makes -65504 of a bool mask's False up to torch 2.11, and a row of nothing attends to everything
+    # (PyTorch #177842). It comes first on Hopper and datacentre Blackwell.
+    # Width: PyTorch's mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; 32 MiB at 1 x 16384 x 512 in
+    # float16, measured on an H200.
+    # Entries: PyTorch #142228, #146704; in float32 65,536 heads are an "invalid argument" on an H200 with torch 2.11.
+    "cuda": Rules(cudnn=True, widest_in_registers=128, most_entries=65_535),
+    "rocm": Rules(most_entries=65_535),
     "zluda": Rules(),
     # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be
     # contiguous: web UI PR #10201. SDPA there materialises the scores and loses half-precision accuracy beyond some

@@ -1,7 +1,7 @@
 """Engines that refused in the middle of a call what they had said they can do.
 
-No list of rules is complete: CUDA's fused kernels take no more than 65,535 entries ("invalid configuration argument"),
-and others say no to what nobody foresaw. A refusal costs nothing but time: the next engine goes on.
+No list of rules is complete: kernels say no to what nobody foresaw. A refusal costs nothing but time: the next engine
+goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ FATAL_TEXTS = (
     "context is destroyed",
     "driver shutting down",
 )
+# PyTorch gives it with every error of a CUDA or HIP device.
+ADVICE = "to enable device-side assertions"
 # By class and not by ancestry: what others derive from these is control flow, such as what `torch.utils.checkpoint`
 # raises through a kernel.
 REFUSING = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
@@ -43,7 +45,7 @@ def is_refusal(error: Exception) -> bool:
     """Whether an engine's kernel says no to this call, and another one may still do it."""
     if type(error) not in REFUSING or devices.is_out_of_memory(error) or _is_captured():
         return False
-    text = str(error).lower()
+    text = str(error).lower().replace(ADVICE, "")
     return not any(fatal in text for fatal in FATAL_TEXTS)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .console import UserError
+
 CHUNK_MAX = 16384
 
 
@@ -153,7 +155,7 @@ class Settings:
     """What a user can set; every field is described by `OPTIONS[name]`.
 
     Raises:
-        ValueError: a value outside its option's range; the message names the field, the value and what was expected.
+        UserError: a value outside its option's range; the message names the field, the value and what was expected.
     """
 
     query_chunk: int = OPTIONS["query_chunk"].default
@@ -169,7 +171,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not OPTIONS[field.name].accepts(value):
-                raise ValueError(f"{field.name} is {shown(value)}; expected {OPTIONS[field.name].expected}")
+                raise UserError(f"{field.name} is {shown(value)}; expected {OPTIONS[field.name].expected}")
 
     @classmethod
     def nearest(cls, values: Mapping[str, Any]) -> tuple[Settings, list[str]]:

@@ -68,7 +68,7 @@ def report(measured: list[Entry]) -> str:
             tables.spread(min(entry.seconds), max(entry.seconds)),
             tables.ratio(_ratio(entry, sdp)),
             tables.ratio(_ratio(sub_quadratic, entry)),
-            tables.mebibytes(statistics.median(entry.peaks)),
+            tables.memory(statistics.median(entry.peaks)),
         ]
         for entry in measured
     ]
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         for entry in measured if number % 2 == 0 else reversed(measured):
             measure(webui, entry, request, status)
             print(
-                f"{entry.name}: {entry.seconds[-1]:.2f} s, {tables.mebibytes(entry.peaks[-1])}",
+                f"{entry.name}: {entry.seconds[-1]:.2f} s, {tables.memory(entry.peaks[-1])}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -162,7 +162,7 @@ def test_the_demo_speaks_on_a_console_of_code_page_1252(tmp_path):
 # Commands of their own process, whose streams __main__ has made forgiving; and what plays the host in the demo.
 COMMANDS = {
     "lib_subquad/__main__.py",
-    *(f"lib_subquad/lab/{name}.py" for name in ("bench", "cli", "growth", "lab_command", "measure", "plan_command")),
+    *(f"lib_subquad/lab/commands/{name}.py" for name in ("bench", "lab", "measuring", "plan")),
     "lib_subquad/lab/process.py",
     "demo/modules/errors.py",
 }

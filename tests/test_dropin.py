@@ -23,7 +23,7 @@ from lib_subquad import (
     sdpa,
 )
 from lib_subquad.engines import fused
-from lib_subquad.lab.peers import Unsupported, without_its_package
+from lib_subquad.lab.bench.peers import Unsupported, without_its_package
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

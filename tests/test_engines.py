@@ -14,8 +14,8 @@ import torch
 from lib_subquad import Settings, attention, plan
 from lib_subquad.engines import order
 from lib_subquad.engines.base import Sizes
-from lib_subquad.lab.explain import explain
-from lib_subquad.lab.explore import Exploration
+from lib_subquad.lab.explain.question import Question
+from lib_subquad.lab.tune.exploration import Exploration
 from lib_subquad.plan import plan_problem
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
@@ -247,10 +247,10 @@ def test_an_inexact_one_is_taken_only_when_it_is_asked_for(plain, monkeypatch):
 
 
 def test_explain_and_the_lab_know_it(plain):
-    from lib_subquad.checkpoint import AttentionLayer
+    from lib_subquad.checkpoint import AttentionLayer, Checkpoint
 
     layer = AttentionLayer("a layer", "unet", "self", 2, 8, 8, None, None)
-    rows = explain([layer], 128, 128, 1, torch.float32, CPU, Settings())
+    rows = Question(Checkpoint("a model", (layer,), ()), 128, 128, 1, torch.float32, CPU, Settings()).rows()
     assert {row.plan.engine for row in rows} == {"plain"}
     explored = Exploration(rows, Settings(), CPU)
     assert {plan.engine for settings in explored._candidates() for _, plan in explored._calls(settings)} >= {

@@ -134,6 +134,18 @@ def test_heads_apart(settings, skip_reshape, skip_output_reshape):
     close(found, by_sdpa(query, key, value, HEADS, **how))
 
 
+@pytest.mark.parametrize("which", [(2,), (1,), (1, 2)], ids=["value", "key", "both"])
+def test_heads_apart_that_were_not_moved(settings, which):
+    """[batch, tokens, heads, width], as SD 3's blocks leave the values of their one projection."""
+    given = list(projections(keys=TOKENS))
+    expected = by_sdpa(*given, HEADS)
+    for number in which:
+        together = torch.randn(BATCH, TOKENS, 3, HEADS, WIDTH)
+        together[:, :, number] = given[number].unflatten(-1, (HEADS, -1))
+        given[number] = together[:, :, number]
+    close(heads_attention(*given, HEADS, settings=settings), expected)
+
+
 # sizes of the mask -> what it is in four dimensions
 FORMS = {
     (TOKENS, KEYS): (1, 1, TOKENS, KEYS),

@@ -382,6 +382,23 @@ def test_workspace_is_what_a_call_takes(peak_bytes, in_turn, shape, threads):
         assert abs(planned - measured) <= 0.25 * measured + MIB / 8, found
 
 
+@pytest.mark.parametrize(
+    "shapes, dtype, mebibytes",
+    [
+        (VAE, torch.float16, 32),  # as measured on an H200: 16384 x 512 in float32
+        (VAE, torch.float32, 0),
+        (SD15, torch.float16, 0),
+    ],
+)
+def test_wide_results_of_a_gpus_kernel_are_kept_in_float32_too(on, shapes, dtype, mebibytes):
+    problem = Problem.from_shapes(*shapes, dtype, torch.device("cpu"))
+    sizes = fused.taking_over(problem, fused.fitting(problem, Settings(), PLENTY)[0])
+    on("rocm")
+    without = fused.workspace_bytes(problem, sizes)
+    on("cuda")
+    assert fused.workspace_bytes(problem, sizes) - without == mebibytes * MIB
+
+
 @pytest.mark.parametrize("mask", [None, ("all", torch.bool), ("one head", torch.float32)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("query_chunk", [100, 0])

@@ -59,8 +59,24 @@ def computed(settings=Settings(), given=None, **more):
     return plans[0], output
 
 
+# As torch 2.11 words every error of a CUDA device.
+ADVICE = """
+Search for `cudaErrorInvalidValue' in https://docs.nvidia.com/cuda/cuda-runtime-api/ for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+
+
 @pytest.mark.parametrize(
-    "error", [NO, NotImplementedError("no kernel"), RuntimeError(""), "no kernel image is available"]
+    "error",
+    [
+        NO,
+        NotImplementedError("no kernel"),
+        RuntimeError(""),
+        "no kernel image is available",
+        f"CUDA error: invalid argument{ADVICE}",
+    ],
 )
 def test_the_next_engine_goes_on_and_says_why(first, error):
     first(error)
@@ -175,7 +191,8 @@ class Control(RuntimeError):
 @pytest.mark.parametrize(
     "error",
     [Control("stop"), ValueError("no"), RuntimeError("CUDA error: an illegal memory access was encountered"),
-     RuntimeError("CUDA error: device-side assert triggered"), KeyboardInterrupt()],
+     RuntimeError("CUDA error: device-side assert triggered"),
+     RuntimeError(f"CUDA error: device-side assert triggered{ADVICE}"), KeyboardInterrupt()],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_refusal_passes(monkeypatch, error):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib_subquad import device as devices
-from lib_subquad.lab import measure
+from lib_subquad.lab import machine
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -224,9 +224,7 @@ def test_free_memory_is_asked_of_windows(bare_system, answers):
 
 
 def test_what_the_processors_do_is_not_told(bare_system):
-    from lib_subquad.lab import cli
-
-    assert measure.processor_seconds() is None and cli.load() is None and cli.device_name("cpu")
+    assert machine.processor_seconds() is None and machine.load() is None and machine.device_name("cpu")
 
 
 def test_processor_seconds_need_sysconf(monkeypatch, tmp_path):
@@ -234,4 +232,4 @@ def test_processor_seconds_need_sysconf(monkeypatch, tmp_path):
     stat.write_text("cpu 1 2 3 4 5 6 7 8 9\n")
     monkeypatch.setattr(builtins, "open", lambda path, *more: real(stat if path == "/proc/stat" else path, *more))
     monkeypatch.delattr(os, "sysconf", raising=False)
-    assert measure.processor_seconds() is None
+    assert machine.processor_seconds() is None

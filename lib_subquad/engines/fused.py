@@ -7,7 +7,9 @@ that were rounded to half costs up to 19 times the error.
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,10 @@ WHY = "PyTorch has a fused kernel for these sizes"
 
 SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
-MATH_KERNEL = 0  # torch.nn.attention.SDPBackend.MATH, which keeps all scores in memory
+# torch.nn.attention.SDPBackend
+MATH_KERNEL = 0  # keeps all scores in memory
+CUDNN_KERNEL = 3
+MASK_ALIGNMENT = 8  # PyTorch copies a mask into rows of a multiple of this: preprocess_mask() of its attention.cpp
 # What PyTorch's CPU kernel allocates a thread: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp
 CPU_QUERY_SPLIT = 256
 CPU_KEY_SPLIT = 512
@@ -115,18 +120,57 @@ def _attend_bytes(problem: Problem, queries: int) -> int:
         cast += heads * (queries + problem.keys) * problem.width * item
     if problem.value_dtype != problem.upcast_dtype:
         cast += heads * problem.keys * problem.value_width * item
-    mask = 0
-    if problem.mask is not None and problem.mask_dtype != problem.upcast_dtype:
-        batch, mask_heads, mask_rows, keys = problem.mask
-        mask = batch * mask_heads * min(mask_rows, queries) * keys * item
-    if problem.mask_dtype != torch.bool:
-        cast, mask = cast + mask, 0  # PyTorch itself makes scores of a bool mask, and lets go of them at its end
+    mask = _mask_bytes(problem, queries)
     kernel = heads * queries * max(item, 4)  # the logsumexp
     if problem.device.type == "cpu":
         kernel += _cpu_kernel_bytes(problem, queries)
+    widest = devices.rules(problem.device).widest_in_registers
+    if widest is not None and problem.value_width > widest and item == 2:
+        kernel += heads * queries * problem.value_width * 4
     result = heads * queries * problem.value_width
-    cast_result = result * item_bytes(problem.value_dtype) if problem.value_dtype != problem.upcast_dtype else 0
-    return cast + result * item + max(mask + kernel, cast_result)
+    after = result * item_bytes(problem.value_dtype) if problem.value_dtype != problem.upcast_dtype else 0
+    if _may_open(problem):
+        after = max(after, result * item)  # without the rows of nothing
+    if max(problem.batch, problem.heads) > (devices.rules(problem.device).most_entries or math.inf):
+        after = max(after, result * item)  # put together from parts
+    return cast + mask.ours + max(mask.making, result * item + max(mask.kernels + kernel, after))
+
+
+class _MaskBytes(NamedTuple):
+    """What a mask takes: copies that are held to the end; what PyTorch holds while it makes its own, and then."""
+
+    ours: int = 0
+    making: int = 0
+    kernels: int = 0
+
+
+def _mask_bytes(problem: Problem, queries: int) -> _MaskBytes:
+    if problem.mask is None:
+        return _MaskBytes()
+    batch, heads, rows, keys = _mask_sizes(problem)
+    rows = batch * heads * min(rows, queries)
+    item, copy = item_bytes(problem.upcast_dtype), rows * keys * item_bytes(_mask_dtype(problem))
+    in_rows, is_bool = devices.rules(problem.device).masks_in_rows, problem.mask_dtype == torch.bool
+    scores = rows * keys * item if is_bool else 0  # PyTorch itself makes scores of it, and lets go of them at its end
+    if not in_rows:
+        return _MaskBytes(copy if _mask_dtype(problem) != problem.mask_dtype else 0, 0, scores)
+    ours = copy * (2 if _may_open(problem) else 1)
+    padded = rows * (keys + -keys % MASK_ALIGNMENT) * item if keys % MASK_ALIGNMENT else 0
+    return _MaskBytes(ours, scores + max(padded, rows * keys if is_bool else 0), max(scores, padded))
+
+
+def _may_open(problem: Problem) -> bool:
+    """Whether rows of nothing are opened for the kernel, so that its gradients are numbers."""
+    return problem.mask is not None and problem.grad and devices.rules(problem.device).cudnn
+
+
+def _mask_sizes(problem: Problem) -> tuple[int, int, int, int]:
+    """Those in which a kernel gets it."""
+    return (*problem.mask[:3], problem.keys) if devices.rules(problem.device).masks_in_rows else problem.mask
+
+
+def _mask_dtype(problem: Problem) -> torch.dtype:
+    return torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
 
 
 def _cpu_kernel_bytes(problem: Problem, queries: int) -> int:
@@ -142,19 +186,48 @@ def _cpu_kernel_bytes(problem: Problem, queries: int) -> int:
 def attend(
     problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, None]:
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(problem.upcast_dtype)
     query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
     if 1 in query.stride()[:-1]:
         # The output's dimensions are ordered as the query's strides are, and the CPU's kernel of torch 2.13 writes
         # in the wrong places where heads or tokens are as close together as channels: overlapping tensors.
         query = query.contiguous()
-    output = pytorch.call(query, key, value, attn_mask=mask, scale=scale)
+    nothing = None
+    if mask is not None:
+        mask = _mask_as_kernels_want(problem, mask)
+        if devices.rules(problem.device).cudnn and _takes_cudnn(query, key, value, mask):
+            nothing = _rows_of_nothing(mask)
+            mask = _opened(mask, nothing) if problem.grad else mask
+    output = _in_parts(query, key, value, mask, scale, devices.rules(problem.device).most_entries)
+    if nothing is not None:
+        output = output.masked_fill(nothing, 0.0) if problem.grad else output.masked_fill_(nothing, 0.0)
     return output.to(problem.value_dtype), None
 
 
+def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, most: int | None) -> Tensor:
+    """The kernel's result, in calls of no more batch entries and heads than it takes."""
+    dim = next((dim for dim in (0, 1) if most is not None and query.shape[dim] > most), None)
+    if dim is None:
+        return pytorch.call(query, key, value, attn_mask=mask, scale=scale)
+    parts = []
+    for start in range(0, query.shape[dim], most):
+        length = min(most, query.shape[dim] - start)
+        tensors = [tensor.narrow(dim, start, length) for tensor in (query, key, value)]
+        masked = mask is not None and mask.shape[dim] > 1
+        parts.append(_in_parts(*tensors, mask.narrow(dim, start, length) if masked else mask, scale, most))
+    return torch.cat(parts, dim)
+
+
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
+    rules = devices.rules(query.device)
+    if mask is not None and rules.masks_in_rows:
+        mask = mask[None] if mask.dim() == 1 else mask  # the question about cuDNN's kernel fails of one dimension
+        if mask.dim() == 0 or mask.shape[-1] != key.shape[-2]:
+            mask = mask.expand(*(mask.shape[:-1] or (1,)), key.shape[-2]).contiguous()
+    if mask is None or not rules.cudnn:
+        return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
+    nothing = _rows_of_nothing(mask)
+    output = pytorch.OWN(query, key, value, attn_mask=_opened(mask, nothing), scale=scale)
+    return output.masked_fill(nothing, 0.0)
 
 
 def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
@@ -167,6 +240,38 @@ def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mask_as_kernels_want(problem: Problem, mask: Tensor) -> Tensor:
+    """The mask as the kernel was asked for: one that wants a gradient, even where none is recorded, has none, nor has
+    one whose keys are not side by side. What is expanded is made small again: PyTorch computes with all of it."""
+    mask = mask.detach()
+    for dim, stride in enumerate(mask.stride()):
+        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] > 1 else mask
+    dtype = _mask_dtype(problem)
+    if not devices.rules(problem.device).masks_in_rows:
+        return mask.to(dtype)
+    if mask.stride(-1) == 1 and mask.shape[-1] == problem.keys and mask.dtype == dtype:
+        return mask
+    return mask.new_empty((*mask.shape[:-1], problem.keys), dtype=dtype).copy_(mask)
+
+
+def _takes_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+    try:
+        return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0) == CUDNN_KERNEL
+    except Exception:  # private: where it does not say, what is right for that kernel is right for all
+        return True
+
+
+def _rows_of_nothing(mask: Tensor) -> Tensor:
+    """Which rows may attend to nothing, [..., rows, 1]."""
+    if mask.dtype == torch.bool:
+        return mask.any(-1, keepdim=True).logical_not()
+    return mask.amax(-1, keepdim=True) == -torch.inf
+
+
+def _opened(mask: Tensor, rows: Tensor) -> Tensor:
+    return mask | rows if mask.dtype == torch.bool else mask.masked_fill(rows, 0.0)
 
 
 def _takes_scale() -> bool:
@@ -208,8 +313,9 @@ def _choice(problem: Problem) -> int:
     value = _probe(problem, problem.keys, problem.value_width)
     mask = None
     if problem.mask is not None:
-        mask_dtype = torch.bool if problem.mask_dtype == torch.bool else problem.upcast_dtype
-        mask = torch.zeros((), dtype=mask_dtype, device=problem.device).expand(problem.mask)
+        sizes = _mask_sizes(problem)
+        row = torch.zeros(sizes[-1], dtype=_mask_dtype(problem), device=problem.device)
+        mask = row.as_strided(sizes, (0, 0, 0, 1))
     return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
 
 

@@ -1,11 +1,19 @@
-"""Time and peak memory of one call, in this process."""
+"""Time and peak memory of what is done in this process."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
+import threading
 import time
 from collections.abc import Callable
 
 import torch
+
+from ..console import say
+
+Stop = Callable[[], int]  # ends a measurement: bytes at the peak, beside what was there before
 
 
 def synchronize(device: torch.device) -> None:
@@ -16,41 +24,63 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
-    """(seconds, peak bytes beside what was there before) of one call, its result included.
-
-    The peak is the allocator's on CUDA and XPU, the resident high-water mark of this process on the CPU under Linux,
-    and None where nothing tells it.
-    """
-    synchronize(device)
-    before = _start_peak(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = _peak(device)
+    """(seconds, peak bytes as `PeakMemory` has them) of one call, its result included."""
+    with PeakMemory(device) as peak:
+        start = time.perf_counter()
+        result = call()
+        synchronize(device)
+        seconds = time.perf_counter() - start
     del result
-    return seconds, None if before is None or peak is None else max(0, peak - before)
+    return seconds, peak.bytes
 
 
-def _start_peak(device: torch.device) -> int | None:
-    if device.type in ("cuda", "xpu"):
-        module = getattr(torch, device.type)
-        module.reset_peak_memory_stats(device)
-        return module.memory_allocated(device)
-    if device.type == "cpu":
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # resets the high-water mark: proc(5)
-        except OSError:
+class PeakMemory:
+    """`with PeakMemory(device) as peak: ...`; `peak.bytes` afterwards is the most that was held beside what was there
+    before, None where nothing tells it.
+
+    On CUDA and XPU it is the allocator's own. On the CPU it is this process's resident memory: under Linux its
+    high-water mark; where there is none that can be reset and `sampled` is true, what a thread saw a thousand times a
+    second.
+    """
+
+    def __init__(self, device: torch.device, sampled: bool = False) -> None:
+        self.device, self.sampled = device, sampled
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        synchronize(self.device)
+        self._stop = self._start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bytes = None if self._stop is None else max(0, self._stop())
+
+    def _start(self) -> Stop | None:
+        if self.device.type in ("cuda", "xpu"):
+            return _allocator(self.device)
+        if self.device.type != "cpu":
             return None
-        return _status_bytes("VmRSS:")
-    return None
+        return _high_water_mark() or (_samples() if self.sampled else None)
 
 
-def _peak(device: torch.device) -> int | None:
-    if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).max_memory_allocated(device)
-    return _status_bytes("VmHWM:") if device.type == "cpu" else None
+def _allocator(device: torch.device) -> Stop:
+    module = getattr(torch, device.type)
+    module.reset_peak_memory_stats(device)
+    before = module.memory_allocated(device)
+    return lambda: module.max_memory_allocated(device) - before
+
+
+def _high_water_mark() -> Stop | None:
+    """Some containers forbid to reset it, some kernels have none."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # down to what is resident now: proc(5)
+    except OSError:
+        return None
+    before = _status_bytes("VmRSS:")
+    if before is None or _status_bytes("VmHWM:") is None:
+        return None
+    return lambda: (_status_bytes("VmHWM:") or before) - before
 
 
 def _status_bytes(field: str) -> int | None:
@@ -59,3 +89,35 @@ def _status_bytes(field: str) -> int | None:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return None
+
+
+def _samples() -> Stop | None:
+    try:
+        import psutil
+    except ImportError:
+        say("psutil is not installed: no peak memory on this system")
+        return None
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+
+    def stop() -> int:
+        done.set()
+        watcher.join()
+        return peak - before
+
+    return stop
+
+
+def give_back_freed_memory() -> None:
+    """glibc keeps what was freed, and what it keeps would pass for memory that the next call does not need."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

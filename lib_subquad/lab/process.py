@@ -11,6 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+from .. import device as devices
+
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100_000))"
 
@@ -61,6 +65,19 @@ def serve(answer: Callable[[dict], dict]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         answered = answer(question)
     print(json.dumps(answered), flush=True)
+
+
+def stay_within_memory(device: torch.device) -> None:
+    """Make a peer that wants too much fail to allocate, rather than have the system end some process."""
+    if device.type != "cpu" or sys.platform != "linux":  # accelerators' drivers map far more than they use
+        return
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[5]) * resource.getpagesize()
+        limit, hard = used + devices.free_bytes(device), resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _why(code: int, stderr: str) -> str:

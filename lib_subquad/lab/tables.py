@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .. import device as devices
 
@@ -18,6 +18,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collecti
     lines = [[align(text, width) for align, text, width in zip(aligned, row, widths)] for row in cells]
     rule = ["-" * width if align is str.ljust else "-" * (width - 1) + ":" for align, width in zip(aligned, widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def of_cells(rows: Sequence[Mapping[str, str]], left: Collection[str] = ()) -> str:
+    """The same from rows that name their cells, all of them alike."""
+    return table(list(rows[0]), [list(row.values()) for row in rows], left)
 
 
 def _cell(text: str) -> str:
@@ -42,8 +47,11 @@ def ratio(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
-def mebibytes(value: float | None) -> str:
-    return NOTHING if value is None else f"{value / devices.MIB:.1f} MiB"
+def memory(count: float | None) -> str:
+    """A number of bytes."""
+    if count is None:
+        return NOTHING
+    return f"{count / devices.MIB:.1f} MiB" if count < 10 * devices.GIB else f"{count / devices.GIB:.1f} GiB"
 
 
 def error(value: float | None) -> str:

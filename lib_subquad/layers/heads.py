@@ -30,9 +30,10 @@ def heads_attention(
 
     Args:
         query: [batch, tokens, heads * width]; or [batch, heads, tokens, width] where `skip_reshape`.
-        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Of another number
-            of batch entries, consecutive queries share out the tokens of one (as Hypertile leaves them), or a query has
-            those of several (IP-Adapter with several images), as a view by query's number has them.
+        key: the same with the tokens that are asked; any floating-point dtype, and query's decides. Its heads may be
+            apart, [batch, tokens, heads, width], as SD 3 leaves those of value. Of another number of batch entries,
+            consecutive queries share out the tokens of one (as Hypertile leaves them), or a query has those of several
+            (IP-Adapter with several images), as a view by query's number has them.
         value: as key; its width may differ.
         heads: how many.
         mask: bool (True = may attend) or floating point (added to the scores); [tokens, key tokens], [batch, key
@@ -50,6 +51,7 @@ def heads_attention(
         ValueError: what is not known how to compute; the message names it in a few words.
     """
     if not skip_reshape:
+        key, value = (_heads_side_by_side(it, heads) for it in (key, value))
         key, value = _in_batches_of(query, key, value)
     if reason := _why_not(query, key, value, heads, mask, skip_reshape=skip_reshape):
         raise ValueError(reason)
@@ -117,6 +119,11 @@ def _why_not_spatial(query, key, value) -> str:
     if not query.shape == key.shape == value.shape:
         return "feature maps of different sizes"
     return "feature maps without channels or positions" if 0 in query.shape[1:] else ""
+
+
+def _heads_side_by_side(tensor: Tensor, heads: int) -> Tensor:
+    apart = isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[2] == heads
+    return tensor.flatten(2) if apart else tensor
 
 
 def _in_batches_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

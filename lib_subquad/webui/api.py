@@ -7,19 +7,20 @@ from typing import Optional
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
-from ..lab.explain import Row
+from ..console import UserError
+from ..lab.explain.rows import Row
 from . import models, status
 from .hosts import host
 from .words import sendable
 
 
 class PlanRow(BaseModel):
-    """One distinct attention shape."""
+    """One distinct attention shape: a row of the tab's table."""
 
-    part: str = Field(description="unet, vae_encoder or vae_decoder")
-    kind: str = Field(description="self or cross")
+    part: str = Field(description="unet, transformer, vae_encoder or vae_decoder")
+    kind: str = Field(description="self, cross (at the prompt) or joint (image and text in one sequence)")
     layers: int = Field(description="how many layers have this shape")
-    query_tokens: int
+    query_tokens: int = Field(description="of one image; in a joint layer those of the text as well")
     key_tokens: int
     heads: int = Field(description="heads of all images in the batch")
     head_width: int
@@ -74,15 +75,15 @@ def mount(_page, app: FastAPI) -> None:
 
 def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: str = models.LOADED) -> PlanResponse:
     """How attention would be computed for an image of this size: a row for every distinct shape."""
-    settings = host().settings()
     try:
-        found, rows = models.rows_for(checkpoint, width, height, batch, settings)
-    except models.Refused as error:
+        asked = models.question(checkpoint, width, height, batch)
+    except UserError as error:
         raise HTTPException(status_code=422, detail=sendable(str(error))) from error
-    largest = models.largest(found, width, height, batch, settings) if rows else None
+    rows = asked.rows()
+    largest = asked.largest_image() if rows else None
     return PlanResponse(
-        family=found.family,
-        notes=[sendable(note) for note in found.notes],
+        family=asked.checkpoint.family,
+        notes=[sendable(note) for note in asked.notes],
         rows=[_row(row) for row in rows],
         largest_image=list(largest) if largest else None,
     )

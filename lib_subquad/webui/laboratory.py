@@ -9,14 +9,14 @@ from html import escape
 from modules import shared
 
 from .. import device as devices
-from ..lab.explore import Exploration
-from ..lab.trials import TUNED
+from ..console import UserError
+from ..lab.tune.exploration import Exploration
+from ..lab.tune.trials import TUNED
 from . import models, options, status, words
 from .hosts import host
-from .hosts.base import Refused
 
 
-class Measurement:
+class Run:
     """What one page measures: it waits for its turn, runs, and has ended; the wish that it stop; what was explored.
 
     `withdrawn`: it was cancelled before its turn came, and will never run.
@@ -55,57 +55,51 @@ class Laboratory:
 
     def explain(self, checkpoint: str, width, height, batch) -> str:
         """The plan table, as HTML."""
-        settings = host().settings()
         try:
-            found, rows = models.rows_for(checkpoint, width, height, batch, settings)
-            largest = models.largest(found, width, height, batch, settings) if rows else None
-            return words.plan_table(found, rows, largest, (int(width), int(height)))
-        except Refused as error:
+            return words.plan_table(models.question(checkpoint, width, height, batch))
+        except UserError as error:
             return words.CSS + words.warning(str(error))
 
-    def request(self, measurement: Measurement | None) -> tuple[Measurement, str]:
+    def request(self, run: Run | None) -> tuple[Run, str]:
         """What a page is to measure next, and a sentence. Known from now on, so that it can be cancelled while it waits
         for its turn; a page measures one thing at a time."""
-        if measurement is not None and (measurement.waiting or measurement.running):
-            return measurement, "This page is measuring already."
-        return Measurement(), ""
+        if run is not None and (run.waiting or run.running):
+            return run, "This page is measuring already."
+        return Run(), ""
 
-    def measure(
-        self, checkpoint: str, width, height, batch, measurement: Measurement | None = None
-    ) -> Iterator[tuple[str, Measurement]]:
-        """(HTML, measurement) as measuring goes on; nothing when it was cancelled before its turn came.
+    def measure(self, checkpoint: str, width, height, batch, run: Run | None = None) -> Iterator[tuple[str, Run]]:
+        """(HTML, run) as measuring goes on; nothing when it was cancelled before its turn came.
 
         Generation waits meanwhile; the device's memory is given back.
         """
-        measurement = measurement or Measurement()
-        if not measurement.begin():
+        run = run or Run()
+        if not run.begin():
             return
         try:
-            for answer in self._measure(measurement, checkpoint, width, height, batch):
-                yield answer, measurement
+            for answer in self._measure(run, checkpoint, width, height, batch):
+                yield answer, run
         finally:  # also when the visitor closes the page
-            measurement.end()
+            run.end()
 
-    def _measure(self, measurement: Measurement, *question) -> Iterator[str]:
-        settings = host().settings()
+    def _measure(self, run: Run, *question) -> Iterator[str]:
         try:
-            _, rows = models.rows_for(*question, settings)
-        except Refused as error:
+            asked = models.question(*question)
+        except UserError as error:
             yield words.CSS + words.warning(str(error))
             return
+        rows = asked.rows()
         if not rows:
             yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves.")
             return
-        device = host().device()
         if not host().lock().acquire(blocking=False):
             busy = "Another page is measuring" if self._measuring else "An image is being made"
             yield words.CSS + words.warning(f"{busy}: measure when it is done.")
             return
         self._measuring = True
         try:
-            exploration = Exploration(rows, settings, device)
+            exploration = Exploration(rows, asked.settings, asked.device, asked.free_bytes)
             for step in exploration.run():
-                if measurement.cancelled:
+                if run.cancelled:
                     break
                 yield words.CSS + words.progress(step.done, step.total, step.seconds_left, step.what)
         except Exception as error:  # a device that cannot even be measured says so in its own words
@@ -113,30 +107,30 @@ class Laboratory:
             return
         finally:
             try:
-                devices.release_cached(device)
+                devices.release_cached(asked.device)
             finally:  # whatever became of the device: without the lock no image is made any more
                 self._measuring = False
                 host().lock().release()
         if not exploration.trials:
-            why = "Cancelled before a first setting was measured." if measurement.cancelled else "Nothing fits here."
+            why = "Cancelled before a first setting was measured." if run.cancelled else "Nothing fits here."
             yield words.CSS + words.warning(why)
             return
-        measurement.exploration = exploration
-        cancelled = words.warning("Cancelled: this is what had been measured.") if measurement.cancelled else ""
+        run.exploration = exploration
+        cancelled = words.warning("Cancelled: this is what had been measured.") if run.cancelled else ""
         yield cancelled + words.trial_table(exploration)
 
-    def cancel(self, measurement: Measurement | None) -> str:
-        """Stop this page's own measurement, and no other's."""
-        if measurement is None or not (measurement.waiting or measurement.running):
+    def cancel(self, run: Run | None) -> str:
+        """Stop this page's own run, and no other's."""
+        if run is None or not (run.waiting or run.running):
             return "Nothing is being measured on this page."
-        measurement.cancel()
-        if measurement.withdrawn:
+        run.cancel()
+        if run.withdrawn:
             return "Cancelled before its turn came: nothing was measured."
         return "Measuring stops when the call under way has ended."
 
-    def apply(self, measurement: Measurement | None) -> tuple[str, dict[str, object]]:
+    def apply(self, run: Run | None) -> tuple[str, dict[str, object]]:
         """Set what this page was recommended: a message, and the settings that sliders are to show."""
-        exploration = measurement.exploration if measurement else None
+        exploration = run.exploration if run else None
         trial = exploration.recommended() if exploration else None
         if trial is None:
             if exploration:

@@ -97,7 +97,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             interactive=False,
         )
         answer = gr.HTML(elem_id="subquad_answer")
-        measurement = gr.State(None)  # this page's own
+        run = gr.State(None)  # this page's own
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
 
@@ -111,15 +111,15 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         on(refresh.click, _refresh, None, [status, checkpoint], **unqueued)
         on(explain.click, _explain, question, [answer, message, plot], **unqueued)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
-        asked = on(measure.click, _request, measurement, [answer, plot, message, measurement], **unqueued)
-        measured, shown = [*question, measurement], [answer, plot, message]
+        asked = on(measure.click, _request, run, [answer, plot, message, run], **unqueued)
+        measured, shown = [*question, run], [answer, plot, message]
         if with_queue:
             measuring = on(asked.then, _measure, measured, shown)
             gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
             on(asked.then, _measure_at_once, measured, shown, **unqueued)
-        on(cancel.click, _cancel, measurement, [message, answer, gone], **unqueued)
-        for button, action, given in ((apply, LABORATORY.apply, measurement), (undo, LABORATORY.undo, None)):
+        on(cancel.click, _cancel, run, [message, answer, gone], **unqueued)
+        for button, action, given in ((apply, LABORATORY.apply, run), (undo, LABORATORY.undo, None)):
             done = on(button.click, _and_tell(action), given, [message, payload, status], **unqueued)
             done.then(None, payload, payload, **{SCRIPT: MOVE_SLIDERS})
         tab.on_show = (state_now, [status, checkpoint])
@@ -146,21 +146,21 @@ def _explain(*question):
 
 
 def _request(before):
-    measurement, message = LABORATORY.request(before)
-    if measurement is before:
-        return gr.update(), gr.update(), words.line(message), measurement
+    run, message = LABORATORY.request(before)
+    if run is before:
+        return gr.update(), gr.update(), words.line(message), run
     waiting = words.CSS + words.line("Measuring begins as soon as it is its turn.")
-    return waiting, gr.update(visible=False), "", measurement
+    return waiting, gr.update(visible=False), "", run
 
 
 def _measure(*question):
     """The generator behind Measure: the answer, the plot, and no message, again and again."""
     yield gr.update(), gr.update(), gr.update()  # of a step that gives nothing gradio would make empty answers
-    for answer, measurement in LABORATORY.measure(*question):
-        found = measurement.exploration
+    for answer, run in LABORATORY.measure(*question):
+        found = run.exploration
         plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
         # What Cancel said is over with the answer that comes next.
-        message = "" if found or measurement.cancelled else gr.update()
+        message = "" if found or run.cancelled else gr.update()
         yield answer, plot, message
 
 
@@ -169,10 +169,10 @@ def _measure_at_once(*question):
     return last
 
 
-def _cancel(measurement):
-    waited = measurement is not None and measurement.waiting
-    message = words.line(LABORATORY.cancel(measurement))
-    if waited and measurement.withdrawn:
+def _cancel(run):
+    waited = run is not None and run.waiting
+    message = words.line(LABORATORY.cancel(run))
+    if waited and run.withdrawn:
         return message, "", str(time.monotonic_ns())
     return message, gr.update(), gr.update()
 
@@ -180,7 +180,7 @@ def _cancel(measurement):
 def _picture(exploration):
     from PIL import Image
 
-    from ..lab.picture import draw
+    from ..lab.tune.picture import draw
 
     data = io.BytesIO()
     draw(exploration).savefig(data, format="png")

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from ..checkpoint import Checkpoint
-from ..lab.explain import LARGEST_SIDE, Row, megabytes
-from ..lab.explore import Exploration
-from ..lab.trials import Trial, about_as_fast
+from ..lab import tables
+from ..lab.explain.question import Question
+from ..lab.explain.words import layers_in_words, size_in_words
+from ..lab.tune.exploration import Exploration
+from ..lab.tune.trials import Trial, about_as_fast
 from ..settings import Option, shown
 from .status import Generation, missed, nothing
 
-KINDS = ("self", "cross")
 FEW_COLUMNS = 5
 MOST_TRIED = 8
 
 TERMS = {
-    "Where": "The part of the model that has these layers. The U-Net makes the image; the VAE turns it into pixels.",
-    "Layers": "How many layers of the model work on this shape, each once in every sampling step.",
-    "Tokens": "The pieces that attention compares: small patches of the image, or words of the prompt (77 at a time).",
-    "Heads": "Attention looks at the image in several independent ways at once, and at all images of a batch, with and "
-    "without the prompt. Number of all these heads x width of each.",
+    "Where": "The part of the model that has these layers, and what they look at. The U-Net or transformer makes the "
+    "image; the VAE turns it into pixels. self: the image at itself; cross: the image at the prompt; together: image "
+    "and prompt, as one, at themselves.",
+    "Layers": "How many layers of the model work on this shape, each once in every sampling step, or, in the VAE, once "
+    "for an image.",
+    "Tokens": "The pieces that attention compares: small patches of the image, or pieces of the prompt's words.",
+    "Heads": "Attention looks at the image in several independent ways at once, at all images of a batch, and, if "
+    "there is a negative prompt, with either prompt. Number of all these heads x width of each.",
     "Engine": "What computes attention: fused is PyTorch's built-in fast kernel, portable runs on every device.",
     "Query chunk": "How many tokens ask at a time. Smaller needs less memory and takes longer.",
     "KV chunk": "How many tokens are looked at in one go, as keys and values. Smaller needs less memory.",
@@ -90,30 +93,15 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def plan_table(checkpoint: Checkpoint, rows: list[Row], largest: tuple[int, int] | None, asked: tuple[int, int]) -> str:
+def plan_table(question: Question) -> str:
     """The answer to Explain."""
-    notes = "".join(line(escape(note)) for note in checkpoint.notes)
+    rows, family = question.rows(), question.checkpoint.family
+    notes = "".join(line(escape(note)) for note in question.notes)
     if not rows:
-        return CSS + warning(f"{checkpoint.family}: no attention layer that subquad serves.") + notes
-    counted = {kind: sum(row.layers for row in rows if row.part == "unet" and row.kind == kind) for kind in KINDS}
-    vae = sum(row.layers for row in rows if row.part != "unet")
-    unet = (
-        f"{sum(counted.values())} attention layers in the U-Net "
-        f"({counted['self']} in which the image looks at itself, {counted['cross']} at the prompt)"
-    )
-    where = f"{unet}, {vae} in the VAE" if any(counted.values()) else f"{vae} attention layers in the VAE"
-    summary = f"<b>{escape(checkpoint.family)}</b>: {where}."
+        return CSS + warning(f"{family}: no attention layer that subquad serves.") + notes
+    summary = f"<b>{escape(family)}</b>: {layers_in_words(rows, kinds=True)}."
     table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
-    limit = term("memory limit", "Memory limit")
-    size = f"Not even the smallest image keeps its attention inside the {limit}."
-    if largest:
-        more = " or larger" if max(largest) >= LARGEST_SIDE else ""
-        size = (
-            f"Largest image in these proportions whose attention stays inside the {limit}: "
-            f"<b>{largest[0]} x {largest[1]}</b>{more}. The rest of the model needs memory as well."
-        )
-    if not largest or max(largest) < max(asked):
-        size = f"<b>An image of {asked[0]} x {asked[1]} does not fit.</b> {size}"
+    size = size_in_words(question, term("memory limit", "Memory limit"), "<b>{}</b>".format)
     return CSS + line(summary) + table + line(size) + notes
 
 
@@ -128,7 +116,7 @@ def last_generation(seen: Generation) -> str:
         f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}. "
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
-        f"{megabytes(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
+        f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
         f"{out_of_reach}"
     )
 
@@ -160,7 +148,7 @@ def trial_table(exploration: Exploration) -> str:
         marks += exploration.remarks(trial)
         measured = f"{trial.repeats} times" if trial.rounds else "once"
         time = f"{trial.seconds * 1e3:.1f} ms"
-        rows.append([trial.label, time, measured, megabytes(trial.peak_bytes), ", ".join(marks)])
+        rows.append([trial.label, time, measured, tables.memory(trial.peak_bytes), ", ".join(marks)])
     if not rows:
         return CSS + warning("Nothing was measured yet.")
     headings = ["Setting", "Time", "Measured", "Peak", ""]

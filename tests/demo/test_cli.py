@@ -43,7 +43,7 @@ def test_once_makes_an_image_and_a_line_per_optimizer(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--size", "100"], "sides must be multiples of 64"),
+        (["--size", "100"], "Width is 100; it must be a multiple of 64"),
         (["--steps", "0"], "steps is 0"),
         (["--checkpoint", "missing.safetensors"], "there is no such file"),
         (["--optimizer", "fastest", "--once", "out.png"], "expected one of Automatic"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo.memory import PeakMemory
+from lib_subquad.lab import meter
 
 SCRIPT = """
 from modules import scripts, shared
@@ -52,19 +52,19 @@ def test_overrides_hold_from_process_on_and_for_one_image(running):
 
 def test_bad_requests_are_refused_in_words(running):
     from demo.generate import generate
-    from demo.inputs import DemoError
+    from lib_subquad.console import UserError
 
-    with pytest.raises(DemoError, match="size 64x65"):
+    with pytest.raises(UserError, match="Height is 65; it must be a multiple of 64 from 64 to 2048"):
         generate("a", width=64, height=65)
-    with pytest.raises(DemoError, match="steps is 0"):
+    with pytest.raises(UserError, match="steps is 0"):
         generate("a", steps=0)
 
 
 @pytest.mark.parametrize("resettable", [True, False])
 def test_peak_memory_sees_what_is_gone_again(resettable, monkeypatch):
     if not resettable:
-        monkeypatch.setattr("demo.memory._HighWaterMark.reset", lambda: False)
-    with PeakMemory(torch.device("cpu")) as peak:
+        monkeypatch.setattr("lib_subquad.lab.meter._high_water_mark", lambda: None)
+    with meter.PeakMemory(torch.device("cpu"), sampled=True) as peak:
         block = torch.ones(32 * 2**20)
         block.sum()
         del block

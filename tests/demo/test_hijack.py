@@ -48,10 +48,10 @@ def test_selection(hijack, monkeypatch):
 
 
 def test_an_entry_is_found_by_name_or_title(hijack, host):
-    from demo.inputs import DemoError
+    from lib_subquad.console import UserError
 
     assert host.title_of("SDP") == host.title_of("sdp - scaled dot product") == "sdp - scaled dot product"
-    with pytest.raises(DemoError, match="expected one of Automatic, high"):
+    with pytest.raises(UserError, match="expected one of Automatic, high"):
         host.title_of("fastest")
 
 

@@ -10,9 +10,9 @@ import torch
 from ldm.modules.attention import CrossAttention
 from safetensors.torch import save_file
 
-from demo.inputs import DemoError
 from demo.layout import architecture
 from demo.model import SMALL, LatentDiffusion, load_checkpoint, random_model
+from lib_subquad.console import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "checkpoints"
 
@@ -101,19 +101,19 @@ def test_tiny_checkpoint_loads():
 
 def test_wrong_checkpoints_are_refused_in_words(model, tmp_path):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(DemoError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_checkpoint(str(path))
     path.write_bytes(b"PK\x03\x04 not safetensors")
-    with pytest.raises(DemoError, match="not a safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         load_checkpoint(str(path))
-    with pytest.raises(DemoError, match="SDXL layout"):
+    with pytest.raises(UserError, match="SDXL layout"):
         load_checkpoint(save(model, path, **{"conditioner.x": torch.zeros(1)}))
-    with pytest.raises(DemoError, match="SD 2 layout"):
+    with pytest.raises(UserError, match="SD 2 layout"):
         load_checkpoint(save(model, path, **{"cond_stage_model.model.x": torch.zeros(1)}))
-    with pytest.raises(DemoError, match="lacks first_stage_model.decoder.mid.block_1.conv1.bias"):
+    with pytest.raises(UserError, match="lacks first_stage_model.decoder.mid.block_1.conv1.bias"):
         load_checkpoint(save(model, path, **{"first_stage_model.decoder.mid.block_1.conv1.bias": None}))
-    with pytest.raises(DemoError, match=r"time_embed.0.bias is \[3\]"):
+    with pytest.raises(UserError, match=r"time_embed.0.bias is \[3\]"):
         load_checkpoint(save(model, path, **{"model.diffusion_model.time_embed.0.bias": torch.zeros(3)}))
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(DemoError, match="not in the SD 1 layout"):
+    with pytest.raises(UserError, match="not in the SD 1 layout"):
         load_checkpoint(str(path))

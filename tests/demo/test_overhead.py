@@ -3,7 +3,7 @@
 import torch
 
 from demo import overhead
-from lib_subquad.lab.overhead import measured
+from lib_subquad.lab.bench.overhead import measured
 
 
 def test_a_layer_in_the_host_is_served_and_computes_what_pytorch_does(host):

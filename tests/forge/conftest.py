@@ -45,11 +45,14 @@ class Pair:
 
 def part_of(caller: str) -> str:
     """The part of the model that a caller of attention belongs to: the VAE's are forwards of its blocks."""
-    return "vae" if any(part in caller for part in (".vae.", ".diffusionmodules.model.")) else "unet"
+    return "vae" if any(part in caller for part in (".vae.", ".vae_wan.", ".diffusionmodules.model.")) else "unet"
 
 
 class ForgeServer(Server):
-    def generate_all(self, path: str = "/sdapi/v1/txt2img", **request):
+    def generate_all(self, path: str = "/sdapi/v1/txt2img", model: dict | None = None, **request):
+        """`model`: what the probe of models is to run within that generation."""
+        if model:
+            self.call("/probe/models", model)
         return super().generate_all(path, **{"width": 128, "height": 128, "steps": 1, "cfg_scale": 7, **request})
 
     def options(self, **changed) -> dict:

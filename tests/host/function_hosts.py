@@ -118,14 +118,17 @@ FORGE = Family(
         "backend.nn.t5": imports("attention_pytorch", "backend.attention", "attention_function"),
         "lib_ipadapter.IPAdapterPlus": "from backend import attention",
     },
-    {"backend.nn.flux": imports("attention_function", "backend.attention")},
+    {
+        "backend.nn.flux": imports("attention_function", "backend.attention"),
+        "backend.nn.mmditx": implementations(("attention",), "(q, k, v, heads, mask=None)"),
+    },
     (
         "backend.attention:attention_function",
         "backend.attention:attention_function_single_head_spatial",
         "backend.nn.unet:attention_function",
         "backend.nn.vae:attention_function_single_head_spatial",
     ),
-    ("backend.nn.flux:attention_function",),
+    ("backend.nn.flux:attention_function", "backend.nn.mmditx:attention"),
     (
         "backend.attention:attention_pytorch",
         "backend.attention:pytorch_attention_single_head_spatial",

@@ -66,7 +66,7 @@ def test_the_plan_has_a_row_for_every_shape(app, loaded):
 
 
 @pytest.mark.parametrize(
-    "question", ["width=0", "height=4160", "batch=17", "width=wide", "checkpoint=/etc/passwd", "checkpoint=unknown"]
+    "question", ["width=0", "height=16448", "batch=65", "width=wide", "checkpoint=/etc/passwd", "checkpoint=unknown"]
 )
 def test_what_cannot_be_answered(app, question):
     answer = app().get(f"/subquad/v1/plan?{question}")

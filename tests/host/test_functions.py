@@ -217,6 +217,69 @@ def test_a_name_of_choice_for_what_the_home_chose(forge):
     assert not isinstance(forge.of("extension.nodes:attention_pytorch"), forge.Wrapper)
 
 
+OWN = "def attention(q, k, v, heads, mask=None):\n    return host_computes('attention', locals())\n"
+
+
+def test_a_models_own_function(forge):
+    """SD 3 came with one; it is ours wherever the model holds it, and undone; the status speaks of what was chosen."""
+    forge.fake.add("backend.nn.mmditx", OWN)
+    forge.fake.add("backend.nn.mmditx_blocks", "from backend.nn.mmditx import attention as joint")
+    held = forge.fake.everything()
+    places = ["backend.nn.mmditx:attention", "backend.nn.mmditx_blocks:joint"]
+    query, key, value, heads = tensors()
+    given = (query, key, value.unflatten(-1, (heads, -1)), heads)  # as its blocks leave the values
+    own, _ = forge.generate(lambda: [forge.of(place)(*tensors_of_three(given)) for place in places])
+    forge.use(EVERYTHING)
+    ours, _ = forge.generate(lambda: [forge.of(place)(*given) for place in places])
+    assert forge.calls == 2 and len(forge.fake.calls) == 2
+    for one, other in zip(ours, own):
+        close(one, other)
+    assert forge.state()["passed_on"] == forge.state()["out_of_reach"] == {}
+    assert "without it the web UI would use PyTorch's attention" in forge.state()["standing"]
+    forge.use("off")
+    assert same(forge.fake.everything(), held)
+
+
+def test_a_guests_in_the_place_of_a_models_own(forge):
+    """It stays there, under whatever name its decorator gave it, and asks the web UI's own."""
+    forge.fake.add("backend.nn.mmditx", OWN)
+    own = forge.of("backend.nn.mmditx:attention")
+
+    @functools.wraps(own)
+    def guests(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    forge.fake.hold("backend.nn.mmditx:attention", guests)
+    forge.use(EVERYTHING)
+    assert forge.of("backend.nn.mmditx:attention") is guests
+    forge.generate(lambda: guests(*tensors()))
+    assert forge.calls == 0 and len(forge.fake.calls) == 1
+
+
+def tensors_of_three(given: tuple) -> tuple:
+    return tuple(it.flatten(2) if isinstance(it, torch.Tensor) else it for it in given)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("extension.mmditx", OWN),
+        ("backend.nn.t5x", OWN),
+        ("backend.nn.sag", OWN.replace("def attention", "def attention_basic_with_sim")),
+        ("backend.nn.rotary", OWN.replace("heads, mask=None", "pe")),
+        ("backend.nn.maps", OWN.replace(", heads, mask=None", "")),
+    ],
+    ids=["a guest's", "a text encoder's", "of another name", "with a position", "without heads"],
+)
+def test_functions_that_are_no_models_own(forge, module, source):
+    forge.fake.add(module, source)
+    held = {place: value for place, value in forge.fake.everything().items() if place.startswith(module)}
+    forge.use(EVERYTHING)
+    assert all(forge.fake.everything()[place] is value for place, value in held.items())
+    forge.generate(lambda: forge.of("backend.nn.unet:attention_function")(*tensors()))
+    assert forge.state()["out_of_reach"] == {}
+
+
 def test_the_web_ui_chooses_anew(forge):
     """As it does where attention can be changed while it runs."""
     forge.use(EVERYTHING)
@@ -291,7 +354,8 @@ def test_undo_gives_back_exactly_what_was_there(any_ui, how):
     now = any_ui.fake.everything()
     assert not any(isinstance(value, any_ui.Wrapper) for value in now.values())
     assert all(now[place] is value for place, value in plain.items())
-    assert all(now[place] is it.original.function for place, it in zip(any_ui.family.late_served, copied))
+    own = (it.original.function if isinstance(it, any_ui.Wrapper) else it for it in copied)
+    assert all(now[place] is it for place, it in zip(any_ui.family.late_served, own))
 
 
 def test_on_again_after_reload(any_ui):
@@ -956,8 +1020,7 @@ def engine_of(tiny, filename="", **dtypes):
 
 def explained(ui, **how) -> set[str]:
     """The parts of a model that Explain has rows of."""
-    _, rows = ui.models.rows_for(how.get("title"), 64, 64, 1, ui.host.settings())
-    return {row.part for row in rows}
+    return {row.part for row in ui.models.question(how.get("title"), 64, 64, 1).rows()}
 
 
 @pytest.mark.parametrize(
@@ -1029,11 +1092,11 @@ def test_before_the_first_image_the_chosen_checkpoint_answers(forge, tiny, tmp_p
     sd_models.checkpoints_list = {"tiny.safetensors [1234]": info}
     forge.opts.data["sd_model_checkpoint"] = "tiny"
     assert explained(forge) == explained(forge, title="tiny.safetensors [1234]") == {"unet", "vae_decoder"}
-    found, _ = forge.models.rows_for(None, 64, 64, 1, forge.host.settings())
+    found = forge.models.question(None, 64, 64, 1)
     assert "It is not loaded yet: the web UI loads it for the next image." in found.notes
     assert "It is not loaded yet" in forge.laboratory.explain(None, 64, 64, 1)
     sd_models.model_data.sd_model = engine_of(tiny, str(file))
-    found, _ = forge.models.rows_for(None, 64, 64, 1, forge.host.settings())
+    found = forge.models.question(None, 64, 64, 1)
     assert not any("not loaded" in note for note in found.notes)
 
 

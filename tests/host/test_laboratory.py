@@ -58,7 +58,7 @@ def test_measure_holds_the_queue_and_gives_it_back(laboratory, lock):
 )
 def test_what_measure_says(laboratory, loaded, monkeypatch, yours, chosen, words):
     """Times are made up: the present setting's, Automatic's, and six times as long for all others."""
-    from lib_subquad.lab.explore import Exploration
+    from lib_subquad.lab.tune.exploration import Exploration
 
     turns = itertools.cycle(chosen if isinstance(chosen, tuple) else (chosen,))
     best = yours == 1.0 and chosen == 1.0
@@ -126,7 +126,7 @@ def test_a_device_that_is_lost_does_not_lock_the_web_ui(laboratory, lock, monkey
 
     steps = laboratory.measure(*QUESTION)
     if where == "the device cannot be asked":
-        monkeypatch.setattr("lib_subquad.lab.explore.Exploration.__post_init__", lost)
+        monkeypatch.setattr("lib_subquad.lab.tune.exploration.Exploration.__post_init__", lost)
         assert "Measuring stopped: device lost" in finished(steps)[0]
     else:
         next(steps)

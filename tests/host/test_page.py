@@ -46,9 +46,9 @@ def test_every_event_is_known_here(page):
 @pytest.mark.parametrize("event", [("subquad_explain", "click"), ("subquad_measure", "then")], ids=" ".join)
 @pytest.mark.parametrize("slot", range(4), ids=["checkpoint", "width", "height", "batch"])
 def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
-    from lib_subquad.lab import explore
+    from lib_subquad.lab.tune import exploration
 
-    monkeypatch.setattr(explore.Exploration, "run", lambda exploration: iter(()))  # measures nothing: fast
+    monkeypatch.setattr(exploration.Exploration, "run", lambda explored: iter(()))  # measures nothing: fast
     for value in ANYTHING:
         data = [*GOOD[:slot], value, *GOOD[slot + 1 :]]
         # what answers again and again needs a session in gradio 3
@@ -95,7 +95,7 @@ def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
     for name in ("apply", "undo", "cancel", "request"):
         monkeypatch.setattr(LABORATORY, name, broken)
     page = Page(build("a prompt", 1, (64, 64), 1).queue())
-    for name in ("rows_for", "titles"):
+    for name in ("question", "titles"):
         monkeypatch.setattr(models, name, broken)
     events = [event for event in page.events if event != ("subquad_gone", "change")]
     with page.client:

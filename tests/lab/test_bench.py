@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lib_subquad import __main__ as command_line
-from lib_subquad.lab import capture, measure, process
-from lib_subquad.lab.measure import Job
-from lib_subquad.lab.shapes import Shape
+from lib_subquad.lab import process
+from lib_subquad.lab.bench import capture, measure
+from lib_subquad.lab.bench.shapes import Shape
+from lib_subquad.lab.bench.work import Job
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT.parent / "shared" / "checkpoints" / "tiny-sd1" / "tiny-sd1.safetensors"
@@ -220,7 +221,7 @@ def save_unet(path: Path, **changes) -> dict:
 def test_captured_tensors_are_those_that_the_layers_work_on(tmp_path):
     pytest.importorskip("safetensors")
     save_unet(tmp_path / "small.safetensors")
-    captured = capture._captured(str(tmp_path / "small.safetensors"), 64)
+    captured = capture._captured(str(tmp_path / "small.safetensors"), (64, 64))
     # Latents of 8 x 8, and half of that one level down, where a layer has two heads of 64; cross-attention beside each.
     assert [(shape.sizes, shape.name) for shape, _ in captured] == [
         ("2×64×77×64", "small 64² cross"),

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from lib_subquad import __main__ as command_line
-from lib_subquad.lab import cli, lab_command
-from lib_subquad.lab.explore import Progress
+from lib_subquad.console import UserError
+from lib_subquad.lab.commands import files, lab
+from lib_subquad.lab.tune.exploration import Progress
 
 ROOT = Path(__file__).parents[2]
 BENCH = ["bench", "--shape", "1,1,64,64,8", "--peers", "sdpa", "--repeats", "1"]
@@ -224,6 +225,20 @@ def test_only_a_closed_pipe_is_passed_over(error, system, quiet, monkeypatch, ca
             command_line.main(["x"])
 
 
+@pytest.mark.parametrize(("error", "told"), [(UserError("a sentence"), True), (ValueError("a fault of ours"), False)])
+def test_a_fault_of_ours_does_not_pass_for_the_users(error, told, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    command = SimpleNamespace(__doc__="x", add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(command_line, "COMMANDS", {"x": (command, "x")})
+    if told:
+        assert command_line.main(["x"]) == 2 and capsys.readouterr().err == "x: a sentence\n"
+    else:
+        with pytest.raises(ValueError, match="a fault of ours"):
+            command_line.main(["x"])
+
+
 # ----------------------------------------------------------------------------------------------------- where to write
 
 
@@ -266,8 +281,8 @@ def test_a_picture_of_a_kind_that_cannot_be_drawn_is_refused(name, tmp_path, cap
 def test_to_try_a_file_leaves_it_as_it_was(tmp_path):
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     kept.write_text("what was there")
-    assert cli.writable_file(str(kept)) == kept and kept.read_text() == "what was there"
-    assert cli.writable_file(str(new)) == new and not new.exists()
+    assert files.writable_file(str(kept)) == kept and kept.read_text() == "what was there"
+    assert files.writable_file(str(new)) == new and not new.exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right of their own")
@@ -276,7 +291,7 @@ def test_a_link_and_a_pipe_are_left_as_they_were(tmp_path):
     link.symlink_to(tmp_path / "to.json")
     os.mkfifo(pipe)
     for path in (link, pipe):
-        assert cli.writable_file(str(path)) == path
+        assert files.writable_file(str(path)) == path
     assert link.is_symlink() and not link.exists() and pipe.is_fifo()
 
 
@@ -295,7 +310,7 @@ def test_a_disk_that_is_full_when_all_is_measured_costs_no_table(command, capsys
 def test_how_long_it_takes_is_told_once(capsys):
     pytest.importorskip("tqdm")
     steps = [Progress(0, 4, None, "first"), Progress(1, 4, 12.4, "second"), Progress(2, 4, None, "again")]
-    assert lab_command._measure(SimpleNamespace(run=lambda: iter(steps))) is False
+    assert lab._measure(SimpleNamespace(run=lambda: iter(steps))) is False
     shown = [line for line in capsys.readouterr().err.split("\r") if "|" in line]
     (told,) = {line.strip() for line in shown if "12 s left" in line}
     assert "second" in told and "<" not in told and "1/4" in told
@@ -305,5 +320,5 @@ def test_how_long_it_takes_is_told_once(capsys):
 def test_how_long_it_takes_is_told_without_a_bar(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     steps = [Progress(0, 4, None, "first"), Progress(1, 4, 12.4, "second")]
-    lab_command._measure(SimpleNamespace(run=lambda: iter(steps)))
+    lab._measure(SimpleNamespace(run=lambda: iter(steps)))
     assert capsys.readouterr().out == "0 of 4: first\n1 of 4: second, 12 s left\n"

@@ -1,5 +1,7 @@
-"""The plan table and the largest image, for two real checkpoints' headers."""
+"""One question, answered in rows, in the largest image and in words, for real checkpoints' headers and for layers of
+every kind."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -8,40 +10,50 @@ import pytest
 import torch
 
 from lib_subquad import Settings
-from lib_subquad.checkpoint import from_shapes
+from lib_subquad.checkpoint import AttentionLayer, Checkpoint, from_shapes
+from lib_subquad.console import UserError
 from lib_subquad.device import GIB
-from lib_subquad.lab.explain import explain, largest_image
+from lib_subquad.lab.explain.question import LARGEST_BATCH, Question
+from lib_subquad.lab.explain.sizes import LARGEST_SIDE, parse_size
+from lib_subquad.lab.explain.words import layers_in_words, size_in_words
+from tests.checkpoint import public_models
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")
 
 
-def layers(name):
+def checkpoint(name):
     with gzip.open(DATA / f"header_{name}.json.gz", "rt") as file:
         header = json.load(file)
-    shapes = {key: entry[1] if isinstance(entry[0], str) else entry for key, entry in header.items()}
-    return from_shapes(shapes).layers
+    return from_shapes({key: entry[1] if isinstance(entry[0], str) else entry for key, entry in header.items()})
+
+
+def question(found, width=512, height=None, free=8 * GIB, dtype=torch.float32, settings=Settings(), **parts):
+    return Question(found, width, height or width, 1, dtype, CPU, settings, free_bytes=free, **parts)
 
 
 def table(name, size, **settings):
-    return explain(layers(name), size, size, 1, torch.float32, CPU, Settings(**settings), free_bytes=8 * GIB)
+    return question(checkpoint(name), size, settings=Settings(**settings)).rows()
 
 
-def counted(rows, part, kind):
+def layers_in(rows, part, kind):
     return sum(row.layers for row in rows if row.part.startswith(part) and row.kind == kind)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
 
 
 def test_sdxl_base_at_1024_has_140_layers_and_the_vae():
     rows = table("sdxl_base", 1024)
-    assert counted(rows, "unet", "self") == counted(rows, "unet", "cross") == 70
-    assert counted(rows, "vae", "self") == 2
+    assert layers_in(rows, "unet", "self") == layers_in(rows, "unet", "cross") == 70
+    assert layers_in(rows, "vae", "self") == 2
     assert {row.problem.queries for row in rows if row.part == "unet"} == {4096, 1024}
 
 
 def test_sd15_at_512_has_32_layers_and_the_vae():
     rows = table("sd15", 512)
-    assert counted(rows, "unet", "self") + counted(rows, "unet", "cross") == 32
-    assert counted(rows, "vae", "self") == 2
+    assert layers_in(rows, "unet", "self") + layers_in(rows, "unet", "cross") == 32
+    assert layers_in(rows, "vae", "self") == 2
 
 
 def test_the_table_says_what_a_setting_brings_about():
@@ -51,11 +63,38 @@ def test_the_table_says_what_a_setting_brings_about():
     assert "splits 4096 keys" in row.cells()["Why"]
 
 
+@pytest.mark.parametrize(
+    ("parts", "layers", "of_the_vae"),
+    [({}, 34, {False, True}), ({"model": False}, 2, {True}), ({"vae": False}, 32, {False})],
+)
+def test_only_what_is_ours_is_answered(parts, layers, of_the_vae):
+    asked = question(checkpoint("sd15"), **parts)
+    assert len(asked.layers) == layers and {row.is_vae for row in asked.rows()} == of_the_vae
+
+
+def test_a_question_goes_by_one_reading_of_free_memory(monkeypatch):
+    readings = iter([8 * GIB])
+    monkeypatch.setattr("lib_subquad.device.free_bytes", lambda device: next(readings))
+    asked = question(checkpoint("sd15"), free=None)
+    assert asked.rows() and asked.largest_image() and asked.free_bytes == 8 * GIB
+    assert question(checkpoint("sd15"), free=0).free_bytes == 0
+
+
+def test_a_size_that_is_computed_smaller_is_noted():
+    found = checkpoint("sd15")
+    assert question(found, 512, 768).notes == found.notes
+    note = "Sizes go in steps of 8 pixels: 500 x 519 is computed as 496 x 512."
+    assert question(found, 500, 519).notes == (*found.notes, note)
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+
 def test_the_largest_image_grows_with_memory_and_every_call_of_it_fits():
-    sd15, sizes = layers("sd15"), []
+    sd15, sizes = checkpoint("sd15"), []
     for free in (GIB // 4, GIB, 4 * GIB):
-        size = largest_image(sd15, 768, 512, 1, torch.float16, CPU, Settings(), free_bytes=free)
-        rows = explain(sd15, *size, 1, torch.float16, CPU, Settings(), free_bytes=free)
+        size = question(sd15, 768, 512, free, torch.float16).largest_image()
+        rows = question(sd15, *size, free, torch.float16).rows()
         assert max(row.call_bytes for row in rows) <= free * 70 // 100
         assert size[0] % 64 == size[1] % 64 == 0
         assert size[0] / size[1] == pytest.approx(1.5, rel=0.1)
@@ -65,10 +104,136 @@ def test_the_largest_image_grows_with_memory_and_every_call_of_it_fits():
 
 
 def test_no_image_fits_no_memory():
-    assert largest_image(layers("sd15"), 512, 512, 1, torch.float16, CPU, Settings(), free_bytes=1000) is None
+    asked = question(checkpoint("sd15"), free=1000, dtype=torch.float16)
+    assert asked.largest_image() is None
+    assert size_in_words(asked) == (
+        "An image of 512 x 512 does not fit. Not even the smallest image keeps its attention inside the memory limit."
+    )
 
 
-@pytest.mark.parametrize("size", [0, -64, 4.5])
-def test_a_size_that_makes_no_image_is_an_error(size):
-    with pytest.raises(ValueError, match="side"):
-        explain(layers("sd15"), size, 512, 1, torch.float32, CPU, Settings())
+def test_a_size_between_two_steps_that_fits_is_not_said_not_to():
+    asked = question(checkpoint("sd15"), 1000)
+    enough = max(row.call_bytes for row in asked.rows()) * 100 // 70 + 1
+    assert "does not fit" not in size_in_words(dataclasses.replace(asked, free_bytes=enough))
+    assert "An image of 1024 x 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
+
+
+def test_the_largest_image_that_is_named_can_be_asked_about():
+    asked = question(checkpoint("sd15"), 768, 512, free=2**60)
+    assert asked.largest_image()[0] == LARGEST_SIDE
+    assert question(asked.checkpoint, *asked.largest_image()).rows()
+    assert " or larger. The rest" in size_in_words(asked)
+
+
+@pytest.mark.parametrize("value", [0, -64, 63, 64.5, LARGEST_SIDE + 1, "wide", "", None, True, float("nan"), 10**400])
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_a_side_that_makes_no_image_is_said(side, value):
+    with pytest.raises(UserError, match=rf"^{side.title()} is .*; it must be a whole number from 64 to 16384\.$"):
+        dataclasses.replace(question(checkpoint("sd15")), **{side: value})
+
+
+@pytest.mark.parametrize("value", [0, LARGEST_BATCH + 1, 1.5, None])
+def test_a_batch_that_cannot_be_is_said(value):
+    with pytest.raises(UserError, match=r"^Batch is .*; it must be a whole number from 1 to 64\.$"):
+        dataclasses.replace(question(checkpoint("sd15")), batch=value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", (512, 512)), ("1024x1536", (1024, 1536)), (" 64X128 ", (64, 128)), ("16384×65", (LARGEST_SIDE, 65))],
+)
+def test_a_size_is_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("huge", "size is 'huge'; expected pixels such as 512 or 1024x1536"),
+        ("64x64x64", "expected pixels"),
+        ("-64", "expected pixels"),
+        ("63", "Width is 63; it must be a whole number from 64 to 16384"),
+        ("64x16385", "Height is 16385; it must be a whole number from 64 to 16384"),
+    ],
+)
+def test_what_is_no_size_is_said(text, words):
+    with pytest.raises(UserError, match=words):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "name"), [("100", "Width"), ("64x100", "Height"), ("64x576", "Height")])
+def test_a_size_for_a_model_that_goes_in_steps(text, name):
+    with pytest.raises(UserError, match=rf"^{name} is \d+; it must be a multiple of 64 from 64 to 512\.$"):
+        parse_size(text, step=64, largest=512)
+
+
+# ------------------------------------------------------------------------------------------------ models of any family
+
+
+def layer(part, kind, count=1):
+    more = {"cross": {"context_tokens": 77}, "joint": {"reads_t5": True}}.get(kind, {})
+    downsampling = 16 if part == "transformer" else 8
+    return (AttentionLayer("a layer", part, kind, 24, 64, downsampling, **more),) * count
+
+
+MODELS = {
+    "a transformer that joins them": (
+        layer("transformer", "joint", 57) + layer("vae_encoder", "self") + layer("vae_decoder", "self"),
+        "57 attention layers in the transformer, 2 in the VAE",
+        "57 attention layers in the transformer (57 in which image and text look at each other), 2 in the VAE",
+    ),
+    "a transformer alone": (
+        layer("transformer", "joint", 24) + layer("transformer", "self", 13),
+        "37 attention layers in the transformer",
+        "37 attention layers in the transformer (24 in which image and text look at each other, 13 in which the image "
+        "looks at itself)",
+    ),
+    "a U-Net": (
+        layer("unet", "self", 2) + layer("unet", "cross", 3),
+        "5 attention layers in the U-Net",
+        "5 attention layers in the U-Net (2 in which the image looks at itself, 3 in which the image looks at the "
+        "prompt)",
+    ),
+    "a VAE": (layer("vae_decoder", "self", 2), *["2 attention layers in the VAE"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_counted_in_words(name):
+    layers, plain, with_kinds = MODELS[name]
+    rows = question(Checkpoint(name, layers, ())).rows()
+    assert (layers_in_words(rows), layers_in_words(rows, kinds=True)) == (plain, with_kinds)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("sd3_medium", "24 in which image and text look at each other), 2 in the VAE"),
+        ("sd35_medium", "24 in which image and text look at each other, 13 in which the image looks at itself)"),
+        ("flux_dev", "57 attention layers in the transformer (57 in which image and text look at each other)"),
+        ("sdxl_refiner", "88 attention layers in the U-Net (44 in which the image looks at itself, 44 in which"),
+    ],
+)
+def test_every_family_is_told_as_what_it_is(family, words):
+    asked = question(from_shapes(public_models.tensors(family)), 1000, 1024)
+    assert words in layers_in_words(asked.rows(), kinds=True)
+    assert all(row.cells() for row in asked.rows())
+
+
+def test_sizes_go_in_the_models_own_steps():
+    asked = question(from_shapes(public_models.tensors("sd3_medium")), 1000, 1024)
+    assert asked.notes[-1] == "Sizes go in steps of 16 pixels: 1000 x 1024 is computed as 992 x 1024."
+
+
+def test_a_joint_layer_is_told_as_one():
+    (row,) = question(Checkpoint("x", layer("transformer", "joint", 57), ()), 1024).rows()
+    cells = row.cells()
+    assert cells["Where"] == "Transformer, image and text together"
+    assert (cells["Tokens"], cells["Layers"], cells["Heads"]) == ("4352", "57", "24 x 64")
+    assert not row.is_vae
+
+
+def test_a_transformer_is_not_taken_for_a_vae():
+    found = Checkpoint("x", MODELS["a transformer that joins them"][0], ())
+    assert [it.part for it in question(found, vae=False).layers] == ["transformer"] * 57
+    assert [it.part for it in question(found, model=False).layers] == ["vae_encoder", "vae_decoder"]

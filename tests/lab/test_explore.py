@@ -9,9 +9,9 @@ import torch
 from lib_subquad import Settings
 from lib_subquad.device import GIB, MIB
 from lib_subquad.lab import meter
-from lib_subquad.lab.explain import Row
-from lib_subquad.lab.explore import MOST_ROUNDS, Exploration
-from lib_subquad.lab.trials import AUTOMATIC
+from lib_subquad.lab.explain.rows import Row
+from lib_subquad.lab.tune.exploration import MOST_ROUNDS, Exploration
+from lib_subquad.lab.tune.trials import AUTOMATIC
 from lib_subquad.plan import plan_problem
 from lib_subquad.problem import Problem
 
@@ -191,7 +191,7 @@ def test_a_setting_that_runs_out_of_memory_is_left_out(monkeypatch):
         if settings.kv_chunk == 256:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("lib_subquad.lab.explore.attention", attend)
+    monkeypatch.setattr("lib_subquad.lab.tune.calls.attention", attend)
     explored = finished(exploration())
     assert explored.trials and all(trial.settings.kv_chunk != 256 for trial in explored.trials)
     assert len(explored.trials) < len(explored._candidates())
@@ -260,7 +260,7 @@ def test_real_times_and_peaks_on_this_device():
 
 
 def test_the_picture_shows_every_trial_and_names_the_recommended(made_up_times, tmp_path):
-    picture = pytest.importorskip("lib_subquad.lab.picture")
+    picture = pytest.importorskip("lib_subquad.lab.tune.picture")
     explored = finished(exploration(Settings(query_chunk=96)))
     figure = picture.draw(explored)
     figure.savefig(tmp_path / "lab.png")

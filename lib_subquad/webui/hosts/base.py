@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from modules import shared
 
+from ...console import UserError
 from ...settings import Settings
 from .. import options
 from ..status import Reach
@@ -33,11 +34,8 @@ KNOWN = {
     "dynamic": "dynamic attention",
     "flex": "FlexAttention",
 }
+Refused = UserError  # by this name the hosts raise it
 IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
-
-
-class Refused(ValueError):
-    """A question that cannot be answered; the message is a sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,9 @@ class Host:
         """The model in memory, or the one that will be with the next image.
 
         Raises:
-            Refused: there is none, or it does not show its layers.
+            UserError: there is none, or it does not show its layers.
         """
-        raise Refused("This web UI does not show the loaded checkpoint. Choose one from the list.")
+        raise UserError("This web UI does not show the loaded checkpoint. Choose one from the list.")
 
     def checkpoints(self) -> dict[str, str]:
         """Title -> file of every checkpoint on the web UI's list."""

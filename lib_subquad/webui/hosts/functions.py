@@ -95,7 +95,8 @@ class Functions(Switched):
 
     def look(self, modules: Iterable[ModuleType]) -> bool:
         """Whether one of these holds attention as a function; what they hold is known from then on."""
-        self._originals.update((found.function, found) for found in places.originals(modules))
+        known = list(self._originals.values())
+        self._originals.update((found.function, found) for found in places.originals(modules, known))
         return bool(self._originals)
 
     def wrap(self, original: Original) -> Wrapper:
@@ -140,8 +141,8 @@ class Functions(Switched):
     def _take(self, place: Place, value: object) -> None:
         """Put a wrapper there if it is an original that is held; each place has one of its own."""
         original = self._originals.get(unwrapped(value))
-        if original is None or place.name == original.function.__name__:  # by its own name it is asked for itself
-            return
+        if original is None or original.chosen and place.name == original.function.__name__:
+            return  # by its own name one of several is asked for itself
         wrapper = self._wrappers.get(place)
         if wrapper is None or wrapper.original != original:
             wrapper = self._wrappers[place] = self.wrap(original)
@@ -150,7 +151,7 @@ class Functions(Switched):
 
     def _foreign(self) -> set[Place]:
         """Where a function of somebody else stands under a name by which modules hold the web UI's."""
-        names = {place.name for place in self._wrappers}
+        names = {place.name for place, wrapper in self._wrappers.items() if wrapper.original.chosen}
         homes = {function.__module__ for function in self._originals}
         held = (Place(it, name) for it in places.all_modules() for name in names if not places.is_encoder(it))
         return {it for it in held if places.kind_of(it.held) and home(it.held) not in homes}
@@ -159,7 +160,7 @@ class Functions(Switched):
         return self._in_place and part in options.use()
 
     def own_in_words(self, part: str) -> str:
-        known = [it.function for it in self._originals.values() if it.heads is (part == UNET)]
+        known = [it.function for it in self._originals.values() if it.chosen and it.heads is (part == UNET)]
         known += self._kept if part == VAE else []
         return " or ".join(dict.fromkeys(in_words(it.__name__) for it in known)) or "attention of its own"
 

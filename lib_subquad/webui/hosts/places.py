@@ -3,12 +3,14 @@
 ComfyUI, Forge and their kin choose one of several functions when they start, and bind it to a second name in the module
 that defines them (`attention_function = attention_pytorch`): that module is a *home*, and the function an *original*.
 What others put there is none, whatever name a decorator gave it: no home holds it under its own name as well.
-Modules that attend import it from there by whatever name they like; some classes of VAEs keep it in each instance. No
-product's name is asked for.
+Modules that attend import it from there by whatever name they like; some classes of VAEs keep it in each instance. A
+model that came with a function of its own, called `attention`, and asks no home (SD 3's), has an original as well, one
+that nobody chose. No product's name is asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -31,16 +33,18 @@ LIBRARIES = tuple(
     os.path.join(os.path.normcase(sysconfig.get_path(name)), "")
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+OWN = "attention"  # what a model calls a function of its own
 KEPT = "optimized_attention"  # what classes call the function that each instance of theirs keeps
 QUERY_KEY_VALUE = (("q", "k", "v"), ("query", "key", "value"))
 
 
 @dataclass(frozen=True)
 class Original:
-    """One of the web UI's own functions: with heads, or that of the VAE's single one."""
+    """One of the web UI's own functions: with heads, or that of the VAE's single one; chosen, or a model's own."""
 
     function: FunctionType
     heads: bool
+    chosen: bool = True
 
     def upcasts(self, precision: torch.dtype | None = None, dtype: torch.dtype | None = None) -> bool:
         """Whether its home's own rule asks for float32, for a call's `attn_precision` and queries of this dtype."""
@@ -88,18 +92,34 @@ def kind_of(function: object) -> Original | None:
     return Original(function, heads=True) if parameters[3].name == "heads" else None
 
 
-def originals(modules: Iterable[ModuleType]) -> Iterator[Original]:
-    """What homes hold under a name that is not the function's own. A function may come more than once."""
+def originals(modules: Iterable[ModuleType], known: Iterable[Original] = ()) -> Iterator[Original]:
+    """What homes hold under a name that is not the function's own, and models' own. A function may come more than once.
+
+    A model's own is looked for in the packages of the homes, for elsewhere it is a guest's; `known` are the originals
+    that were found before, in whose homes something else may stand by now.
+    """
+    modules = list(modules)
+    packages = {_package(it.function.__module__) for it in known}
     for module in modules:
         for name, value in list(contents(module).items()):
             if type(value) is FunctionType and _is_chosen(module, name, value) and (found := kind_of(value)):
+                packages.add(_package(value.__module__))
                 yield found
+    for module in modules:
+        found = kind_of(contents(module).get(OWN))
+        if found and found.heads and _package(contents(module)["__name__"]) in packages and not is_encoder(module):
+            if found.function.__globals__ is contents(module):  # whatever name a guest's decorator gave it
+                yield dataclasses.replace(found, chosen=False)
 
 
 def _is_chosen(module: ModuleType, name: str, function: FunctionType) -> bool:
     held = contents(module)
     own = function.__module__ == held["__name__"] and held.get(function.__name__) is function
     return own and "attention" in name and name != function.__name__
+
+
+def _package(name: str) -> str:
+    return name.split(".")[0]
 
 
 def is_encoder(module: ModuleType) -> bool:

@@ -85,6 +85,11 @@ def routes(_page, app):
             found += [f"a {type(layer).__name__}.{name}" for name, value in vars(layer).items() if _is_ours(value)]
         return sorted(found)
 
+    @app.get("/probe/held")
+    def held():
+        """The names that hold a function of attention of the web UI's own: name -> which."""
+        return {f"{module.__name__}.{name}": id(value) for module, name, value in _names() if _attends(value)}
+
     @app.get("/probe/options")
     def options():
         """All settings; the web UI's own route may leave out those of extensions."""
@@ -173,7 +178,9 @@ def _original(value):
 
 def _attends(function):
     code = getattr(function, "__code__", None) if type(function) is types.FunctionType else None
-    return code is not None and "attention" in code.co_name and code.co_varnames[:3] in QUERY_KEY_VALUE
+    if code is None or "attention" not in code.co_name or code.co_varnames[:3] not in QUERY_KEY_VALUE:
+        return False
+    return code.co_argcount == 3 or code.co_varnames[3] == "heads"  # one with positions asks one of these
 
 
 def _has_heads(value):

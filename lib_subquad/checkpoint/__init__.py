@@ -1,0 +1,66 @@
+"""The attention layers of a checkpoint, from the header of its `.safetensors` file alone.
+
+Names in a checkpoint follow the modules that hold the tensors, so they and their shapes show where every attention
+layer sits and how wide it is. `header` gets them out of the file, `families` says what they are.
+
+Nothing in the file is executed and no tensor is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import families, header
+from . import heads as rules
+from .layers import PROMPT_TOKENS, AttentionLayer, Checkpoint, CheckpointError
+from .tensors import Tensors, named
+
+__all__ = [
+    "PROMPT_TOKENS",
+    "AttentionLayer",
+    "Checkpoint",
+    "CheckpointError",
+    "from_shapes",
+    "read_attention_layers",
+]
+
+
+def read_attention_layers(path: str | os.PathLike[str], heads: int | None = None) -> Checkpoint:
+    """The attention layers of the checkpoint at `path`, a `.safetensors` file.
+
+    Args:
+        path: the file. A `.yaml` of the same name beside it is asked for the number of heads, as the web UI does.
+        heads: number of heads of every layer outside the VAE, if the caller knows better than file and convention.
+
+    Raises:
+        CheckpointError: the file is missing, is no intact `.safetensors` file, or holds shapes that contradict each
+            other. A file that is intact but not recognised is no error: see `Checkpoint.family` and `notes`.
+        ValueError: `heads` is not a whole number of at least 1.
+    """
+    path = Path(path)
+    rule, notes = rules.asked_for(heads), ()
+    try:
+        tensors = header.read(path)
+        if rule is None:
+            rule, notes = rules.from_yaml(path.with_suffix(".yaml"))
+        checkpoint = families.describe(tensors, rule)
+    except CheckpointError as error:
+        raise CheckpointError(f"{named(path.name)}: {error}") from error
+    return replace(checkpoint, notes=checkpoint.notes + notes)
+
+
+def from_shapes(shapes: Mapping[str, Sequence[int]], heads: int | None = None) -> Checkpoint:
+    """The attention layers of a model whose tensors have these names and shapes.
+
+    Args:
+        shapes: name -> shape, such as `{name: tensor.shape for name, tensor in model.state_dict().items()}`.
+        heads: number of heads of every layer outside the VAE; None to follow the family's convention.
+
+    Raises:
+        CheckpointError: shapes that contradict each other, or channels that do not divide into the heads.
+        ValueError: `heads` is not a whole number of at least 1.
+    """
+    return families.describe(Tensors(shapes), rules.asked_for(heads))

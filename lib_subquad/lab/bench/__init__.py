@@ -1,0 +1,1 @@
+"""Ways to compute attention, measured side by side, each time in a process of its own."""

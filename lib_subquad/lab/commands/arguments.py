@@ -1,0 +1,54 @@
+"""What may be typed: each a `type=` for argparse that says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A `type=` for argparse that shows the message of a ValueError."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+@argument
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+@argument
+def count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r}; expected a whole number of at least 0")
+    return int(text)
+
+
+@argument
+def percent(text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) <= 100:
+        raise ValueError(f"{text!r}; expected a whole number from 1 to 100")
+    return int(text)
+
+
+@argument
+def device(text: str) -> str:
+    """A device that this torch can put a tensor on."""
+    try:
+        torch.empty(1, device=text)
+    except Exception as error:  # what a missing backend raises differs from one to the next
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{text!r} is no device of this torch: {first}") from error
+    return text

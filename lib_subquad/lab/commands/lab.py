@@ -1,0 +1,170 @@
+"""python -m lib_subquad lab: measure engines and chunk sizes on a checkpoint's shapes, and recommend the best."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import tables
+from ..explain.question import Question
+from ..machine import processor_seconds, share_of_others
+from ..tune.exploration import Exploration
+from ..tune.picture import draw
+from ..tune.trials import TUNED, Trial
+from . import files, question
+from .arguments import positive
+
+BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    question.add_arguments(parser)
+    parser.add_argument(
+        "--verify",
+        type=positive,
+        metavar="N",
+        help="measure the recommended setting and Automatic N more times, in turn, and compare them "
+        "(default: not again)",
+    )
+    files.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    files.check(arguments)
+    asked = question.read(arguments)
+    exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
+    before = processor_seconds()
+    stopped = _measure(exploration)
+    others = share_of_others(before, processor_seconds())
+    if not exploration.trials:
+        print(
+            "Stopped before a first setting was measured." if stopped else "Nothing could be measured: out of memory."
+        )
+        return 130 if stopped else 1
+    try:  # files first: who reads only the first lines closes the pipe
+        files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
+    finally:
+        print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
+        print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.notes]))
+    if arguments.verify and not stopped:
+        try:
+            print(_verified(exploration, arguments.verify))
+        except KeyboardInterrupt:
+            return 130
+    return 130 if stopped else 0
+
+
+def _table_rows(exploration: Exploration) -> list[dict[str, str]]:
+    """What was compared, the fastest first; then what was only tried once, which is no comparison."""
+    return [
+        {
+            "Setting": trial.label,
+            "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
+            "Measured": f"{trial.repeats} times" if trial.rounds else "once",
+            "Peak workspace": tables.memory(trial.peak_bytes),
+            "": ", ".join(_marks(trial, exploration)),
+        }
+        for trials in (exploration.trials, exploration.tried)
+        for trial in sorted(trials, key=lambda trial: trial.seconds)
+    ]
+
+
+def _marks(trial: Trial, exploration: Exploration) -> list[str]:
+    recommended, today = exploration.recommended(), exploration.today()
+    marks = [word for word, other in (("recommended", recommended), ("given", today)) if other is trial]
+    marks += ["Pareto front"] * any(trial is other for other in exploration.pareto_front())
+    return marks + exploration.remarks(trial)
+
+
+def _conclusions(exploration: Exploration) -> list[str]:
+    recommended = exploration.recommended()
+    if recommended is None:
+        return ["Nothing is recommended: it ended before settings were compared."]
+    found = [f"Recommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}"]
+    if undecided := exploration.undecided():
+        labels = ", ".join(trial.label for trial in undecided)
+        why = "The machine was too busy to tell" if exploration.complete else "It ended before it was clear"
+        found.append(f"{why} whether these are faster: {labels}.")
+    return found
+
+
+def _busyness(others: float | None) -> list[str]:
+    return [] if others is None else [f"Other programs took {others:.0%} of the processors meanwhile."]
+
+
+def _measure(exploration: Exploration) -> bool:
+    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept.
+
+    How long it still takes is told once: by the exploration where it knows, else by the bar.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    bar = None
+    try:
+        for step in exploration.run():
+            left = "" if step.seconds_left is None else f", {step.seconds_left:.0f} s left"
+            if tqdm is None:
+                print(f"{step.done} of {step.total}: {step.what}{left}")
+                continue
+            if bar is None or bar.total != step.total:
+                bar = tqdm(total=step.total, unit="call") if bar is None else _restart(bar, step.total)
+            bar.n = step.done
+            bar.bar_format = BAR_WITHOUT_ESTIMATE if left else None
+            bar.set_postfix_str(step.what + left)
+        if bar is not None:
+            bar.n = bar.total
+    except KeyboardInterrupt:
+        return True
+    finally:
+        if bar is not None:
+            bar.close()
+    return False
+
+
+def _verified(exploration: Exploration, repeats: int) -> str:
+    """How the recommended setting does beside Automatic in measurements that had no part in choosing it."""
+    recommended, automatic = exploration.recommended(), exploration.automatic()
+    if recommended is None or automatic is None:
+        return "Nothing was compared with Automatic: there is nothing to measure again."
+    if recommended is automatic:
+        return "Automatic itself is recommended: there is nothing to compare."
+    again = exploration.measured_again((recommended.settings, automatic.settings), repeats)
+    if None in again:
+        gone = " and ".join(was.label for was, now in zip((recommended, automatic), again) if now is None)
+        return f"Measuring again ran out of memory with {gone}: there is nothing to compare."
+    recommended, automatic = again
+    return (
+        f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "
+        f"peak {tables.memory(recommended.peak_bytes)} of {tables.memory(exploration.limit_bytes)} allowed"
+    )
+
+
+def _restart(bar, total: int):
+    bar.reset(total=total)
+    return bar
+
+
+def _as_json(asked: Question, exploration: Exploration) -> dict:
+    front, recommended = exploration.pareto_front(), exploration.recommended()
+    return {
+        "family": asked.checkpoint.family,
+        "size": [asked.width, asked.height],
+        "batch": asked.batch,
+        "device": str(asked.device),
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "limit_bytes": exploration.limit_bytes,
+        "trials": [
+            {name: getattr(trial.settings, name) for name in TUNED}
+            | {
+                "seconds": trial.seconds,
+                "repeats": trial.repeats,
+                "peak_bytes": trial.peak_bytes,
+                "fits": trial.fits,
+                "pareto": any(trial is other for other in front),
+                "recommended": trial is recommended,
+            }
+            for trial in (*exploration.trials, *exploration.tried)
+        ],
+        "undecided": [trial.label for trial in exploration.undecided()],
+    }

@@ -1,0 +1,24 @@
+"""python -m lib_subquad plan: how attention will be computed for a checkpoint and an image size."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import tables
+from ..explain.words import layers_in_words, size_in_words
+from . import question
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    question.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    asked = question.read(arguments)
+    rows = asked.rows()
+    print(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
+    print(tables.of_cells([row.cells() for row in rows], left={"Where", "Engine", "Why"}))
+    print(f"\n{size_in_words(asked)}")
+    for note in asked.notes:
+        print(note)
+    return 0

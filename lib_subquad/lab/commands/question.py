@@ -1,0 +1,106 @@
+"""What `plan` and `lab` are asked on the command line: a checkpoint, an image size, a device and settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ...checkpoint import CheckpointError, read_attention_layers
+from ...console import UserError
+from ...settings import OPTIONS, Option, Settings
+from ..explain.question import Question
+from ..explain.sizes import parse_size
+from .arguments import DTYPES, argument, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a .safetensors file (its header is read)")
+    parser.add_argument(
+        "--heads",
+        type=positive,
+        metavar="N",
+        help="heads of every U-Net layer (default: as the file's family has them)",
+    )
+    parser.add_argument(
+        "--size", default="512", metavar="PIXELS", help="of the image: 512 or 1024x1536 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="images made at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
+    group = parser.add_argument_group("settings")
+    for name, option in OPTIONS.items():
+        more: dict = {"default": option.default}
+        if isinstance(option.default, bool):
+            more = {"choices": ("on", "off"), "default": "on" if option.default else "off"}
+        elif option.choices:
+            more["choices"] = option.choices
+        else:
+            more |= {"type": _whole(option), "metavar": "N"}
+        words = option.help.replace("%", "%%").removesuffix(".")
+        group.add_argument(_flag(name), help=f"{words} (default: {more['default']}).", **more)
+
+
+def read(arguments: argparse.Namespace) -> Question:
+    """The question that was asked.
+
+    Raises:
+        UserError: something in it cannot be.
+    """
+    values = {name: getattr(arguments, name) for name in OPTIONS}
+    for name, option in OPTIONS.items():
+        if isinstance(option.default, bool):
+            values[name] = values[name] == "on"
+    settings = Settings(**values)
+    if settings.upcast == "web UI":
+        settings = dataclasses.replace(settings, upcast="never")  # there is none to follow
+    width, height = parse_size(arguments.size)
+    try:
+        device = torch.device(arguments.device) if arguments.device else best_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
+    try:
+        checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
+    except CheckpointError as error:  # which names the file without its folder
+        raise UserError(f"--checkpoint {arguments.checkpoint}: {error.__cause__ or error}") from error
+    if not checkpoint.layers:
+        raise UserError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
+    question = Question(
+        checkpoint, width, height, arguments.batch, getattr(torch, dtype), device, settings, vae=settings.vae
+    )
+    if not question.layers:
+        raise UserError("the file holds a VAE and no U-Net, and with --vae off the VAE is left out")
+    return question
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    for name in ("xpu", "mps"):
+        backend = getattr(torch, name, None)
+        if backend is not None and getattr(backend, "is_available", lambda: False)():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def _whole(option: Option) -> Callable[[str], object]:
+    @argument
+    def whole(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"{text!r}; expected {option.expected}") from None
+
+    return whole
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,101 @@
+"""What Explain, Measure, the API and the command line are asked, and the answer in rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+
+from ... import device as devices
+from ...checkpoint import AttentionLayer, Checkpoint
+from ...plan import plan_problem
+from ...problem import Problem
+from ...settings import Settings
+from . import sizes
+from .rows import Row
+
+LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """How attention is computed for images of a size, made with a checkpoint on a device under these settings.
+
+    Attributes:
+        width, height: of an image, in pixels; batch: images made at once. Taken as they were typed or sent.
+        model, vae: whether attention is ours in the U-Net or transformer, and in the VAE.
+        free_bytes: of the device; asked for where it is not given, once, so that all answers go by the same.
+
+    Raises:
+        UserError: a size or batch out of range.
+    """
+
+    checkpoint: Checkpoint
+    width: int
+    height: int
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    settings: Settings
+    model: bool = True
+    vae: bool = True
+    free_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        checked = {name: sizes.side(name.title(), getattr(self, name)) for name in ("width", "height")}
+        checked["batch"] = sizes.whole("Batch", self.batch, 1, LARGEST_BATCH)
+        if self.free_bytes is None:
+            checked["free_bytes"] = devices.free_bytes(self.device)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def layers(self) -> list[AttentionLayer]:
+        """Those whose attention is ours."""
+        return [layer for layer in self.checkpoint.layers if (self.vae if layer.is_vae else self.model)]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The checkpoint's, and a sentence where an image of this size is not computed as asked for."""
+        step = max((layer.size_step for layer in self.checkpoint.layers), default=1)
+        width, height = (side - side % step for side in (self.width, self.height))
+        if (width, height) == (self.width, self.height):
+            return self.checkpoint.notes
+        asked = f"{self.width} x {self.height}"
+        note = f"Sizes go in steps of {step} pixels: {asked} is computed as {width} x {height}."
+        return (*self.checkpoint.notes, note)
+
+    def rows(self) -> list[Row]:
+        """A row for every distinct shape among the layers, the costliest first."""
+        counted = Counter()
+        for layer in self.layers:
+            shapes = layer.shapes(self.width, self.height, self.batch)
+            upcast = self.settings.upcast == "always"
+            problem = Problem.from_shapes(*shapes, self.dtype, self.device, upcast=upcast)
+            counted[layer.part, layer.kind, problem] += 1
+        rows = [
+            Row(part, kind, count, problem, plan_problem(problem, self.settings, self.free_bytes))
+            for (part, kind, problem), count in counted.items()
+        ]
+        return sorted(rows, key=lambda row: row.problem.queries * row.problem.keys * row.problem.heads, reverse=True)
+
+    def largest_image(self) -> tuple[int, int] | None:
+        """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
+
+        Multiples of `sizes.STEP`, at most `sizes.LARGEST_SIDE`. What the model needs beside attention is not known
+        here.
+        """
+        candidates = sizes.in_proportion(self.width, self.height)
+        low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
+        while low < high:
+            middle = (low + high) // 2
+            width, height = candidates[middle]
+            fits = replace(self, width=width, height=height).fits()
+            low, high = (middle + 1, high) if fits else (low, middle)
+        return candidates[low - 1] if low else None
+
+    def fits(self) -> bool:
+        """Whether every attention call of this size stays inside the memory limit, all that it holds included."""
+        limit = self.free_bytes * self.settings.memory_limit // 100
+        return all(row.call_bytes <= limit for row in self.rows())

@@ -1,0 +1,49 @@
+"""The answer in sentences, as the tab and the command line say it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from . import sizes
+from .question import Question
+from .rows import Row
+
+MODELS = {"unet": "the U-Net", "transformer": "the transformer"}
+LOOKS = {
+    "joint": "in which image and text look at each other",
+    "self": "in which the image looks at itself",
+    "cross": "in which the image looks at the prompt",
+}
+
+
+def layers_in_words(rows: Sequence[Row], kinds: bool = False) -> str:
+    """How many attention layers there are and where, such as "32 attention layers in the U-Net, 2 in the VAE"; with
+    `kinds` also what looks at what in those of the U-Net or transformer."""
+    vae, model = Counter(), Counter()
+    for row in rows:
+        (vae if row.is_vae else model)[row.kind] += row.layers
+    told = []
+    if model:
+        where = next(MODELS[row.part] for row in rows if not row.is_vae)
+        looks = ", ".join(f"{model[kind]} {words}" for kind, words in LOOKS.items() if model[kind])
+        told.append(f"{model.total()} attention layers in {where}" + (f" ({looks})" if kinds else ""))
+    if vae:
+        told.append(f"{vae.total()} {'' if model else 'attention layers '}in the VAE")
+    return ", ".join(told)
+
+
+def size_in_words(question: Question, limit: str = "memory limit", strong: Callable[[str], str] = str) -> str:
+    """Whether attention of an image of this size fits, and the largest image of which it does, in sentences."""
+    largest = question.largest_image()
+    if largest is None:
+        told = f"Not even the smallest image keeps its attention inside the {limit}."
+    else:
+        more = " or larger" if max(largest) >= sizes.LARGEST_SIDE else ""
+        told = (
+            f"Largest image in these proportions whose attention stays inside the {limit}: "
+            f"{strong('{} x {}'.format(*largest))}{more}. The rest of the model needs memory as well."
+        )
+    if not question.fits():
+        told = f"{strong(f'An image of {question.width} x {question.height} does not fit.')} {told}"
+    return told

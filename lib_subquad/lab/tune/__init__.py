@@ -1,0 +1,1 @@
+"""Measure engines and chunk sizes on a question's own attention shapes, and recommend the best setting."""

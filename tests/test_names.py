@@ -1,0 +1,36 @@
+"""One name for a thing, and one class for what the user can put right."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What came of a measurement that could not be made: it stands in a table, and nobody is to put anything right.
+RESULTS = {"Unsupported", "Failed"}
+
+
+def classes() -> dict[str, list[tuple[str, list[str]]]]:
+    """name -> (file, names of the classes it is made of) of every class of the library and the demo."""
+    found = defaultdict(list)
+    for path in sorted(path for folder in ("lib_subquad", "demo") for path in (ROOT / folder).rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        if not file.startswith("demo/modules/"):  # which play the host, under its names
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    found[node.name].append((file, [ast.unparse(base) for base in node.bases]))
+    return found
+
+
+def test_no_two_classes_have_one_name():
+    assert {name: places for name, places in classes().items() if len(places) > 1} == {}
+
+
+def test_what_the_user_can_put_right_is_a_user_error():
+    errors = {
+        name: bases
+        for name, ((_, bases), *_) in classes().items()
+        if name not in RESULTS and any(base.endswith(("Error", "Exception")) for base in bases)
+    }
+    assert errors == {"UserError": ["ValueError"], "CheckpointError": ["UserError"]}
