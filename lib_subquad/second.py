@@ -17,7 +17,8 @@ from .engines import order
 # Private: the node whose hooks run. Where it is missing, second derivatives are PyTorch's, which are none.
 _running_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 KERNEL = "ScaledDotProduct"  # what the names of their nodes begin with
-NEAR = 4  # nodes from a result, which may have been cut or cast, to the kernel's
+PUT_TOGETHER = "Cat"  # likewise where a kernel was called for some heads at a time
+NEAR = 6  # nodes from a result, which may have been cut or cast, to the kernel's
 
 
 class Gradients(torch.autograd.Function):
@@ -59,15 +60,19 @@ class Gradients(torch.autograd.Function):
 
 
 def enable(chunk: Tensor) -> None:
-    """Give the kernel of PyTorch's that `chunk` comes from, if it comes from one, a second derivative."""
-    node = chunk.grad_fn
+    """Give the kernel of PyTorch's that `chunk` comes from, or those of its parts, a second derivative."""
+    nodes = [chunk.grad_fn]
     for _ in range(NEAR):
-        if node is None:
-            return
-        if node.name().startswith(KERNEL):
-            node.register_hook(_differentiable)
-            return
-        node = node.next_functions[0][0] if node.next_functions else None
+        before = []
+        for node in nodes:
+            if node is None:
+                continue
+            if node.name().startswith(KERNEL):
+                node.register_hook(_differentiable)
+            else:
+                several = node.name().startswith(PUT_TOGETHER)
+                before += [it for it, _ in node.next_functions[: None if several else 1]]
+        nodes = before
 
 
 def _differentiable(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib_subquad import Settings, attention, forget, recorded, sdpa
+from lib_subquad import device as devices
 from lib_subquad.engines import fused, order
 from lib_subquad.recompute import AttentionNode
 from tests.personality import FailAt, alone
@@ -292,6 +294,12 @@ def test_gradients_of_gradients_whatever_the_shape_and_engine(engine, query_chun
         assert not torch.autograd.grad(call(*tensors).sum(), tensors)[0].requires_grad
     able = fused.TAKES_SCALE and (mask is None or fused.MASKS_ARE_RIGHT)
     assert {plan.engine for plan in plans} == {engine if able else order.names()[-1]}
+
+
+def test_gradients_of_gradients_of_heads_that_a_kernel_takes_a_few_at_a_time(monkeypatch):
+    monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], most_entries=2))
+    tensors = [torch.randn(3, 5, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (7, 9, 9)]
+    assert torch.autograd.gradgradcheck(attention, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,6 +37,13 @@ def positive(text: str) -> int:
 
 
 @argument
+def count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r}; expected a whole number of at least 0")
+    return int(text)
+
+
+@argument
 def percent(text: str) -> int:
     if not text.strip().isdecimal() or not 1 <= int(text) <= 100:
         raise ValueError(f"{text!r}; expected a whole number from 1 to 100")
