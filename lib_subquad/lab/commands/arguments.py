@@ -23,13 +23,6 @@ def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
 
 
 @argument
-def count(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError(f"{text!r}; expected a whole number of at least 0")
-    return int(text)
-
-
-@argument
 def positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(f"{text!r}; expected a whole number of at least 1")
