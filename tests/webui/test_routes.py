@@ -14,17 +14,26 @@ PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
 XYZ = "x/y/z plot"
 
 
-@pytest.mark.parametrize("model", ["SD 1", "SDXL"], indirect=True)
+# What a plan says of each: family, the part that makes the image, the most tokens at 512 x 768, what looks at what.
+TOLD = {
+    "SD 1": ("Stable Diffusion 1", "unet", 64 * 96, {"self", "cross"}),
+    "SDXL": ("SDXL", "unet", 32 * 48, {"self", "cross"}),
+    "SD 3": ("Stable Diffusion 3", "transformer", 32 * 48 + 77 + 77, {"self", "joint"}),
+}
+
+
+@pytest.mark.parametrize("model", TOLD, indirect=True)
 def test_the_plan_of_the_loaded_checkpoint(server, model):
+    family, part, tokens, kinds = TOLD[model.kind]
     answer = server.call("/subquad/v1/plan?width=512&height=768&batch=2")
     rows = answer["rows"]
-    assert {"SD 1": "Stable Diffusion 1", "SDXL": "SDXL"}[model.kind] in answer["family"]
+    assert family in answer["family"]
     assert answer["largest_image"][0] > 512
-    assert sum(row["layers"] for row in rows if row["part"] == "unet") == model.layers
-    first = max(rows, key=lambda row: row["query_tokens"] * (row["part"] == "unet"))
-    assert first["query_tokens"] == {"SD 1": 64 * 96, "SDXL": 32 * 48}[model.kind]
+    assert sum(row["layers"] for row in rows if row["part"] == part) == model.layers
+    first = max(rows, key=lambda row: row["query_tokens"] * (row["part"] == part))
+    assert first["query_tokens"] == tokens
     assert first["engine"] == "fused" and first["reasons"]
-    assert {row["kind"] for row in rows} == {"self", "cross"} and {row["part"] for row in rows} > {"unet"}
+    assert {row["kind"] for row in rows} == kinds and {row["part"] for row in rows} > {part}
 
 
 def test_a_checkpoint_by_its_title_and_none_by_a_path(server):
