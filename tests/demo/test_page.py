@@ -65,4 +65,4 @@ def test_a_wrong_request_is_told(page):
     page.locator("#demo_width input[type=number]").fill("100")
     page.locator("#demo_width input[type=number]").press("Tab")
     page.click("#demo_generate")
-    page.get_by_text("sides must be multiples of 64").first.wait_for()
+    page.get_by_text("it must be a multiple of 64").first.wait_for()

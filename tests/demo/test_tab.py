@@ -99,4 +99,4 @@ def test_a_size_that_cannot_be_is_said(page, typed, words):
     tab = AttentionTab(page).open(side=128)
     set_number(page, "subquad_width", typed)
     tab.click("explain")
-    tab.wait_for(ANSWER, f"{words}; it must be a whole number from 64 to 4096.")
+    tab.wait_for(ANSWER, f"{words}; it must be a whole number from 64 to 16384.")
