@@ -80,7 +80,9 @@ def attention(
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
 
 
-def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
+def _at_once(
+    engine: Engine, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
+) -> Tensor | None:
     """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
     try:
         output = engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
@@ -93,13 +95,14 @@ def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chun
     return None
 
 
-def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
+def _in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
         while True:
-            one_node, output = chunks.one_node, None  # and nothing of what the graph of an unfinished one keeps
+            one_node = chunks.one_node
+            output: Tensor | None = None  # and nothing of what the graph of an unfinished one keeps
             if one_node:
                 output = AttentionNode.apply(query, key, value, mask, scale, chunks)
             else:
                 output, _ = attend_chunks(query, key, value, mask, scale, chunks)
-            if chunks.one_node == one_node:
+            if output is not None and chunks.one_node == one_node:
                 return output

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def efficient_dot_product_attention(
 
 
 def efficient_dot_product_attention_of_transposed_keys(
-    query: Tensor, key: Tensor, value: Tensor, *sizes: int | None, **more
+    query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **more: Any
 ) -> Tensor:
     """`efficient_dot_product_attention` as ComfyUI and Forge call it: with keys [batch * heads, width, keys].
 
@@ -123,7 +124,7 @@ def sdpa(
             such masks for some shapes only.
         settings, report: those of attention(); calls that are PyTorch's to compute are not reported.
     """
-    pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    pytorchs: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     pytorchs.update(
         {"scale": scale} if scale is not None else {}, **({"enable_gqa": enable_gqa} if enable_gqa is not False else {})
     )
@@ -137,17 +138,17 @@ def sdpa(
         check_report(report)
     made: list[Plan] = []
     try:
-        given = _with_equal_leading(query, key, value, enable_gqa)
-        *given, mask = _as_autocast_gives(*given, attn_mask)
-        output = attention(
-            *given, mask=mask, scale=scale, settings=settings, report=None if report is None else made.append
-        )
+        asking, keys, values = _with_equal_leading(query, key, value, enable_gqa)
+        asking, keys, values, mask = _as_autocast_gives(asking, keys, values, attn_mask)
+        told = None if report is None else made.append
+        output = attention(asking, keys, values, mask=mask, scale=scale, settings=settings, report=told)
     except ValueError as error:  # such as integers: PyTorch may compute what attention() does not know
         check_settings(settings)
         refused = str(error)
     else:
-        for plan in made:
-            report(plan)
+        if report is not None:
+            for plan in made:
+                report(plan)
         return output
     try:
         return pytorch.OWN(query, key, value, **pytorchs)
@@ -177,15 +178,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _as_autocast_gives(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _as_autocast_gives(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The tensors as PyTorch's function has them where autocast is on."""
-    device = tensors[0].device
+    device = query.device
     if is_transformed() or not devices.autocast_enabled(device.type):  # transforms know no autocast
-        return tensors
+        return query, key, value, mask
     dtype = devices.autocast_dtype(device.type)
-    if not _is_cast(device, dtype):
-        return tensors
-    return tuple(it if it is None or it.dtype not in CAST else it.to(dtype) for it in tensors)
+    if _is_cast(device, dtype):
+        query, key, value = (it.to(dtype) if it.dtype in CAST else it for it in (query, key, value))
+        mask = mask.to(dtype) if mask is not None and mask.dtype in CAST else mask
+    return query, key, value, mask
 
 
 @lru_cache(maxsize=64)
@@ -201,9 +205,8 @@ def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool)
             if not it.shape[-3] or query.shape[-3] % it.shape[-3]:
                 raise ValueError(f"{name} has {it.shape[-3]} heads; expected a divisor of query's {query.shape[-3]}")
         key, value = (it.repeat_interleave(query.shape[-3] // it.shape[-3], dim=-3) for it in (key, value))
-    tensors = (query, key, value)
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        return tensors
+        return query, key, value
     leading = query.shape[:-2]
     for name, it in (("key", key), ("value", value)):
         try:
@@ -212,4 +215,5 @@ def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool)
             raise ValueError(
                 f"{name} has shape {list(it.shape)}; expected leading dimensions that broadcast with {list(leading)}"
             ) from None
-    return tuple(it.expand(*leading, *it.shape[-2:]) for it in tensors)
+    query, key, value = (it.expand(*leading, *it.shape[-2:]) for it in (query, key, value))
+    return query, key, value

@@ -60,7 +60,7 @@ def plan(
     settings: Settings = Settings(),
     *,
     free_bytes: int | None = None,
-    **more,
+    **more: Any,
 ) -> Plan:
     """How `attention()` would compute tensors of these shapes.
 
@@ -79,10 +79,11 @@ def plan(
     check_settings(settings)
     if free_bytes is not None and as_count(free_bytes) is None:
         raise ValueError(f"free_bytes is {shown(free_bytes)}; expected a whole number of at least 0")
-    named = (("query", query_shape), ("key", key_shape), ("value", value_shape))
+    query_shape, key_shape = checked_shape("query", query_shape), checked_shape("key", key_shape)
+    value_shape = checked_shape("value", value_shape)
     if more.get("mask_shape") is not None:
         more["mask_shape"] = checked_shape("mask", more["mask_shape"])
-    problem = Problem.from_shapes(*(checked_shape(name, shape) for name, shape in named), dtype, device, **more)
+    problem = Problem.from_shapes(query_shape, key_shape, value_shape, dtype, device, **more)
     return plan_problem(problem, settings, free_bytes)
 
 

@@ -42,7 +42,8 @@ def read_attention_layers(path: str | os.PathLike[str], heads: int | None = None
         ValueError: `heads` is not a whole number of at least 1.
     """
     path = Path(path)
-    rule, notes = rules.asked_for(heads), ()
+    rule = rules.asked_for(heads)
+    notes: tuple[str, ...] = ()
     try:
         tensors = header.read(path)
         if rule is None:
