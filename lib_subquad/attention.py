@@ -52,6 +52,22 @@ def attention(
         ValueError: input that makes no attention, a scale that is no number, settings that are no `Settings`, a report
             that cannot be called; the message names the argument, its shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import Settings, attention
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)  # each [batch, heads, tokens, width]
+        >>> exact = (query @ key.transpose(-2, -1) * 40**-0.5).softmax(-1) @ value
+        >>> torch.allclose(attention(query, key, value), exact, atol=1e-5)
+        True
+
+        What the user may set, and the plan that was carried out:
+
+        >>> plans = []
+        >>> settings = Settings(engine="portable", query_chunk=32, memory_limit=30)
+        >>> output = attention(query, key, value, settings=settings, report=plans.append)
+        >>> plans[0].engine, plans[0].query_chunk
+        ('portable', 32)
     """
     check_settings(settings)
     if report is not None:

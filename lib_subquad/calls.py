@@ -55,7 +55,12 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
 
 
 def forget() -> None:
-    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten."""
+    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten.
+
+    Example:
+        >>> from lib_subquad import forget
+        >>> forget()  # another program has ended, say, and its memory is free
+    """
     _known.clear()
     retry.forget()
 

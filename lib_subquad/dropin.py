@@ -59,6 +59,13 @@ def efficient_dot_product_attention(
 
     Raises:
         ValueError: input that makes no attention, or a chunk size below 1; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import efficient_dot_product_attention
+        >>> query, key, value = torch.randn(3, 16, 64, 40)  # each [batch * heads, tokens, width]
+        >>> efficient_dot_product_attention(query, key, value, query_chunk_size=32, use_checkpoint=False).shape
+        torch.Size([16, 64, 40])
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
@@ -89,6 +96,13 @@ def efficient_dot_product_attention_of_transposed_keys(
 
     Raises:
         ValueError: as `efficient_dot_product_attention`.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import efficient_dot_product_attention_of_transposed_keys
+        >>> query, key, value = torch.randn(3, 16, 64, 40)
+        >>> efficient_dot_product_attention_of_transposed_keys(query, key.transpose(1, 2), value, 32).shape
+        torch.Size([16, 64, 40])
     """
     if not isinstance(key, Tensor) or key.dim() != 3:
         shape = list(getattr(key, "shape", ()))
@@ -111,8 +125,6 @@ def sdpa(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, which it may be put in the place of, inside a memory limit.
 
-        torch.nn.functional.scaled_dot_product_attention = lib_subquad.sdpa
-
     Takes and returns what PyTorch's function does. Dropout, causal masks, and whatever attention() does not know are
     PyTorch's to compute, and so are its errors. A row that may attend to nothing gives zeros.
 
@@ -123,6 +135,16 @@ def sdpa(
             two dimensions and of any floating-point dtype as well, as attention() takes it; PyTorch's function takes
             such masks for some shapes only.
         settings, report: those of attention(); calls that are PyTorch's to compute are not reported.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lib_subquad import sdpa
+        >>> pytorchs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, sdpa
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)  # whatever calls PyTorch's function now calls ours
+        >>> F.scaled_dot_product_attention(query, key, value).shape
+        torch.Size([1, 8, 64, 40])
+        >>> F.scaled_dot_product_attention = pytorchs
     """
     pytorchs: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     pytorchs.update(
