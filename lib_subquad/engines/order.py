@@ -102,5 +102,7 @@ def candidates(wanted: str) -> tuple[Engine, ...]:
     return (*first, *(engine for engine in _engines if engine.EXACT and engine not in first))
 
 
-for _engine in (fused, portable):  # a fused kernel where the device has one; what runs everywhere comes last
+# A fused kernel where the device has one; what runs everywhere comes last.
+_OURS: tuple[Engine, ...] = (fused, portable)
+for _engine in _OURS:
     register(_engine)
