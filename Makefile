@@ -1,6 +1,7 @@
 # Each target makes the virtual environment it needs, so that a fresh clone needs only Python, git and make.
 PYTHON ?= python3
-TORCH ?= 2.13.0
+NEWEST := 2.13.0
+TORCH ?= $(NEWEST)
 GRADIO ?= 3.41
 VENV ?= .venv
 ARGS ?=
@@ -27,6 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+# With one torch's types: others say other things of the same names, and older ones lack some.
+ifeq ($(TORCH),$(NEWEST))
+	$(BIN)/mypy
+endif
 
 $(READY): requirements/demo.txt requirements/test.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

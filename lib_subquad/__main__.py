@@ -82,7 +82,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     parser = argparse.ArgumentParser("python -m lib_subquad", description="Exact attention in chunks: what it costs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, words) in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=words, description=module.__doc__.replace("`", "")))
+        module.add_arguments(commands.add_parser(name, help=words, description=(module.__doc__ or "").replace("`", "")))
     return parser, commands.choices
 
 

@@ -53,6 +53,22 @@ def attention(
         ValueError: input that makes no attention, a scale that is no number, settings that are no `Settings`, a report
             that cannot be called; the message names the argument, its shape and what was expected.
         RuntimeError: the device's own out-of-memory, when not even the smallest chunk fits.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import Settings, attention
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)  # each [batch, heads, tokens, width]
+        >>> exact = (query @ key.transpose(-2, -1) * 40**-0.5).softmax(-1) @ value
+        >>> torch.allclose(attention(query, key, value), exact, atol=1e-5)
+        True
+
+        What the user may set, and the plan that was carried out:
+
+        >>> plans = []
+        >>> settings = Settings(engine="portable", query_chunk=32, memory_limit=30)
+        >>> output = attention(query, key, value, settings=settings, report=plans.append)
+        >>> plans[0].engine, plans[0].query_chunk
+        ('portable', 32)
     """
     check_settings(settings)
     if report is not None:
@@ -84,7 +100,9 @@ def attention(
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])
 
 
-def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chunks) -> Tensor | None:
+def _at_once(
+    engine: Engine, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
+) -> Tensor | None:
     """All queries in one go, as nearly every call is; None when memory ran out, and `chunks` are smaller now."""
     try:
         output = engine.attend(chunks.problem, chunks.plan.sizes, query, key, value, mask, scale)[0]
@@ -97,13 +115,14 @@ def _at_once(engine: Engine, query, key, value, mask, scale: float, chunks: Chun
     return None
 
 
-def _in_chunks(query, key, value, mask, scale: float, chunks: Chunks) -> Tensor:
+def _in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks) -> Tensor:
     with devices.without_autocast(query.device):
         while True:
-            one_node, output = chunks.one_node, None  # and nothing of what the graph of an unfinished one keeps
+            one_node = chunks.one_node
+            output: Tensor | None = None  # and nothing of what the graph of an unfinished one keeps
             if one_node:
                 output = AttentionNode.apply(query, key, value, mask, scale, chunks)
             else:
                 output, _ = attend_chunks(query, key, value, mask, scale, chunks)
-            if chunks.one_node == one_node:
+            if output is not None and chunks.one_node == one_node:
                 return output

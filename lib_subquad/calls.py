@@ -27,7 +27,8 @@ class Call(NamedTuple):
     reading: memory.Reading
 
 
-_known: dict[tuple, Call] = {}
+Facts = tuple[object, ...]
+_known: dict[Facts, Call] = {}
 
 
 def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Call:
@@ -42,11 +43,11 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
     try:
         facts = _facts(query, key, value, mask, settings)
     except (AttributeError, RuntimeError):  # something is no tensor, or one without a shape, and is told so
-        facts = None
+        return _planned(_problem(query, key, value, mask, settings), settings)._replace(engine=None)
     call = _known.get(facts)
     if call is not None and call.reading is memory.reading(call.problem.device, call.problem.grad):
         return call
-    call = _planned(Problem.of(query, key, value, mask, upcast=settings.upcast == "always"), settings)
+    call = _planned(_problem(query, key, value, mask, settings), settings)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _known[facts] = call
@@ -54,12 +55,17 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
 
 
 def forget() -> None:
-    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten."""
+    """Plan every call anew, by memory as it is now: what was found to fit, and what was warned of, is forgotten.
+
+    Example:
+        >>> from lib_subquad import forget
+        >>> forget()  # another program has ended, say, and its memory is free
+    """
     _known.clear()
     retry.forget()
 
 
-def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> tuple:
+def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Facts:
     """What a plan depends on, but for free memory and what has been found to fit."""
     return (
         query.shape,
@@ -83,8 +89,12 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
     )
 
 
-def _facts_of_mask(mask: Tensor) -> tuple:
+def _facts_of_mask(mask: Tensor) -> Facts:
     return mask.shape, mask.dtype, mask.device, mask.layout, torch.is_grad_enabled() and mask.requires_grad
+
+
+def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Problem:
+    return Problem.of(query, key, value, mask, upcast=settings.upcast == "always")
 
 
 def _planned(problem: Problem, settings: Settings) -> Call:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(ValueError):
     """What was asked for cannot be; the message is a sentence for the user, who can put it right."""
 
 
-def say(text: str, stream=None, end: str = "\n") -> None:
+def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a line, by default on stdout; characters that it cannot show are escaped."""
     stream = sys.stdout if stream is None else stream
     _tell(lambda line: print(line, end=end, file=stream, flush=True), text, stream)
@@ -25,7 +26,7 @@ def warn(text: str) -> None:
     _tell(logging.getLogger("subquad").warning, text, sys.stderr)
 
 
-def _tell(tell: Callable[[str], None], text: str, stream) -> None:
+def _tell(tell: Callable[[str], None], text: str, stream: TextIO) -> None:
     # The stream's own encoding is a guess where a launcher has put a wrapper in place of it: then ASCII.
     for encoding in (getattr(stream, "encoding", None) or "utf-8", "ascii"):
         try:

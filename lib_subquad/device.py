@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -166,7 +166,7 @@ def total_bytes(device: torch.device) -> int:
     return _told(_TOTAL, device)
 
 
-def _told(asked: dict[str, Callable[[torch.device], float]], device: torch.device) -> int:
+def _told(asked: Mapping[str, Callable[[torch.device], float]], device: torch.device) -> int:
     try:
         return max(0, int(asked[device.type](device)))
     except Exception:  # also where nobody can be asked
@@ -182,7 +182,7 @@ def _total_mps(device: torch.device) -> int:
 
 
 def _total_directml(device: torch.device) -> int:
-    return torch.dml.mem_get_info(device)[1]
+    return torch.dml.mem_get_info(device)[1]  # type: ignore[attr-defined]  # only in the amdgpu fork
 
 
 def _total_cpu(device: torch.device) -> int:
@@ -211,10 +211,10 @@ def _free_xpu(device: torch.device) -> int:
 
 
 def _free_directml(device: torch.device) -> int:
-    return torch.dml.mem_get_info(device)[0]  # only in the amdgpu fork
+    return torch.dml.mem_get_info(device)[0]  # type: ignore[attr-defined]  # only in the amdgpu fork
 
 
-def _free_cpu(device: torch.device) -> int:
+def _free_cpu(device: torch.device) -> float:
     return min(_free_host(), _free_container())
 
 
@@ -281,7 +281,8 @@ def _container_files() -> tuple[tuple[str, str, str], ...]:
         for depth in range(len(parts) + 1):  # inside a container the group's own folder is the root
             folder = os.path.join(root, *parts[:depth])
             if os.path.exists(os.path.join(folder, names[0])):
-                found.append((*(os.path.join(folder, name) for name in names), os.path.join(folder, "memory.stat")))
+                limit, used, statistics = (os.path.join(folder, name) for name in (*names, "memory.stat"))
+                found.append((limit, used, statistics))
     return tuple(found)
 
 
@@ -366,11 +367,11 @@ def release_cached(device: torch.device) -> None:
     """Give cached but unused memory back to the device, where its allocator keeps any."""
     cache = {"cuda": torch.cuda, "mps": getattr(torch, "mps", None), "xpu": getattr(torch, "xpu", None)}
     with contextlib.suppress(Exception):  # after an out-of-memory, failing to tidy up must not hide it
-        if cache.get(device.type) is not None:
-            cache[device.type].empty_cache()
+        if (module := cache.get(device.type)) is not None:
+            module.empty_cache()
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast off on `device`; operators then run in the dtypes they are given.
 
     Under autocast a plain `bmm` is cast to half but `bmm(out=)` is not, so a kernel that mixes them fails.

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,13 @@ def efficient_dot_product_attention(
 
     Raises:
         ValueError: input that makes no attention, or a chunk size below 1; the message names the argument.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import efficient_dot_product_attention
+        >>> query, key, value = torch.randn(3, 16, 64, 40)  # each [batch * heads, tokens, width]
+        >>> efficient_dot_product_attention(query, key, value, query_chunk_size=32, use_checkpoint=False).shape
+        torch.Size([16, 64, 40])
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
@@ -79,7 +87,7 @@ def efficient_dot_product_attention(
 
 
 def efficient_dot_product_attention_of_transposed_keys(
-    query: Tensor, key: Tensor, value: Tensor, *sizes: int | None, **more
+    query: Tensor, key: Tensor, value: Tensor, *sizes: Any, **more: Any
 ) -> Tensor:
     """`efficient_dot_product_attention` as ComfyUI and Forge call it: with keys [batch * heads, width, keys].
 
@@ -88,6 +96,13 @@ def efficient_dot_product_attention_of_transposed_keys(
 
     Raises:
         ValueError: as `efficient_dot_product_attention`.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import efficient_dot_product_attention_of_transposed_keys
+        >>> query, key, value = torch.randn(3, 16, 64, 40)
+        >>> efficient_dot_product_attention_of_transposed_keys(query, key.transpose(1, 2), value, 32).shape
+        torch.Size([16, 64, 40])
     """
     if not isinstance(key, Tensor) or key.dim() != 3:
         shape = list(getattr(key, "shape", ()))
@@ -110,8 +125,6 @@ def sdpa(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, which it may be put in the place of, inside a memory limit.
 
-        torch.nn.functional.scaled_dot_product_attention = lib_subquad.sdpa
-
     Takes and returns what PyTorch's function does. Dropout, causal masks, and whatever attention() does not know are
     PyTorch's to compute, and so are its errors. A row that may attend to nothing gives zeros.
 
@@ -122,8 +135,18 @@ def sdpa(
             two dimensions and of any floating-point dtype as well, as attention() takes it; PyTorch's function takes
             such masks for some shapes only.
         settings, report: those of attention(); calls that are PyTorch's to compute are not reported.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lib_subquad import sdpa
+        >>> pytorchs, F.scaled_dot_product_attention = F.scaled_dot_product_attention, sdpa
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)  # whatever calls PyTorch's function now calls ours
+        >>> F.scaled_dot_product_attention(query, key, value).shape
+        torch.Size([1, 8, 64, 40])
+        >>> F.scaled_dot_product_attention = pytorchs
     """
-    pytorchs = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    pytorchs: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     pytorchs.update(
         {"scale": scale} if scale is not None else {}, **({"enable_gqa": enable_gqa} if enable_gqa is not False else {})
     )
@@ -137,17 +160,17 @@ def sdpa(
         check_report(report)
     made: list[Plan] = []
     try:
-        given = _with_equal_leading(query, key, value, enable_gqa)
-        *given, mask = _as_autocast_gives(*given, attn_mask)
-        output = attention(
-            *given, mask=mask, scale=scale, settings=settings, report=None if report is None else made.append
-        )
+        asking, keys, values = _with_equal_leading(query, key, value, enable_gqa)
+        asking, keys, values, mask = _as_autocast_gives(asking, keys, values, attn_mask)
+        told = None if report is None else made.append
+        output = attention(asking, keys, values, mask=mask, scale=scale, settings=settings, report=told)
     except ValueError as error:  # such as integers: PyTorch may compute what attention() does not know
         check_settings(settings)
         refused = str(error)
     else:
-        for plan in made:
-            report(plan)
+        if report is not None:
+            for plan in made:
+                report(plan)
         return output
     try:
         return pytorch.OWN(query, key, value, **pytorchs)
@@ -177,15 +200,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _as_autocast_gives(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _as_autocast_gives(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The tensors as PyTorch's function has them where autocast is on."""
-    device = tensors[0].device
+    device = query.device
     if is_transformed() or not devices.autocast_enabled(device.type):  # transforms know no autocast
-        return tensors
+        return query, key, value, mask
     dtype = devices.autocast_dtype(device.type)
-    if not _is_cast(device, dtype):
-        return tensors
-    return tuple(it if it is None or it.dtype not in CAST else it.to(dtype) for it in tensors)
+    if _is_cast(device, dtype):
+        query, key, value = (it.to(dtype) if it.dtype in CAST else it for it in (query, key, value))
+        mask = mask.to(dtype) if mask is not None and mask.dtype in CAST else mask
+    return query, key, value, mask
 
 
 @lru_cache(maxsize=64)
@@ -201,9 +227,8 @@ def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool)
             if not it.shape[-3] or query.shape[-3] % it.shape[-3]:
                 raise ValueError(f"{name} has {it.shape[-3]} heads; expected a divisor of query's {query.shape[-3]}")
         key, value = (it.repeat_interleave(query.shape[-3] // it.shape[-3], dim=-3) for it in (key, value))
-    tensors = (query, key, value)
     if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        return tensors
+        return query, key, value
     leading = query.shape[:-2]
     for name, it in (("key", key), ("value", value)):
         try:
@@ -212,4 +237,5 @@ def _with_equal_leading(query: Tensor, key: Tensor, value: Tensor, shared: bool)
             raise ValueError(
                 f"{name} has shape {list(it.shape)}; expected leading dimensions that broadcast with {list(leading)}"
             ) from None
-    return tuple(it.expand(*leading, *it.shape[-2:]) for it in tensors)
+    query, key, value = (it.expand(*leading, *it.shape[-2:]) for it in (query, key, value))
+    return query, key, value

@@ -15,13 +15,14 @@ from .tensors import new_output, rows_of
 
 def attend_chunks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, chunks: Chunks
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The loop: output [batch, heads, queries, value width], and for gradients the statistics [..., queries, 2].
 
     A chunk that runs out of memory comes again in smaller pieces; what is already written stays. Unfinished, and of no
-    use, where `chunks` are still pending.
+    use, where `chunks` are still pending; or None, where not even a first one was done.
     """
-    output = statistics = None
+    output: Tensor | None = None
+    statistics: Tensor | None = None
     unseen = recorded.unseen_by_policies if chunks.watched else contextlib.nullcontext
     for rows in chunks:
         with chunks.attempt():

@@ -24,6 +24,14 @@ class Plan:
     that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
     kept for the backward pass rather than recomputed in it.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import Plan, Settings, plan
+        >>> shape = (1, 8, 64, 40)
+        >>> made = plan(shape, shape, shape, torch.float32, "cpu", Settings(engine="portable", query_chunk=32))
+        >>> isinstance(made, Plan), made.kv_chunk, made.reasons
+        (True, 64, ('the engine is set to portable',))
     """
 
     engine: str
@@ -60,7 +68,7 @@ def plan(
     settings: Settings = Settings(),
     *,
     free_bytes: int | None = None,
-    **more,
+    **more: Any,
 ) -> Plan:
     """How `attention()` would compute tensors of these shapes.
 
@@ -75,14 +83,24 @@ def plan(
     Raises:
         ValueError: shapes or dtypes that make no attention, a count that is none, no device, settings that are no
             `Settings`.
+
+    Example:
+        >>> import torch
+        >>> from lib_subquad import Settings, plan
+        >>> shape = (2, 8, 4096, 40)  # [batch, heads, tokens, width], on a card with 4 GiB free
+        >>> settings = Settings(engine="portable", query_chunk=512)
+        >>> made = plan(shape, shape, shape, torch.float16, "cuda", settings, free_bytes=4 * 2**30)
+        >>> made.engine, made.query_chunk, made.workspace_bytes < 0.7 * 4 * 2**30
+        ('portable', 512, True)
     """
     check_settings(settings)
     if free_bytes is not None and as_count(free_bytes) is None:
         raise ValueError(f"free_bytes is {shown(free_bytes)}; expected a whole number of at least 0")
-    named = (("query", query_shape), ("key", key_shape), ("value", value_shape))
+    query_shape, key_shape = checked_shape("query", query_shape), checked_shape("key", key_shape)
+    value_shape = checked_shape("value", value_shape)
     if more.get("mask_shape") is not None:
         more["mask_shape"] = checked_shape("mask", more["mask_shape"])
-    problem = Problem.from_shapes(*(checked_shape(name, shape) for name, shape in named), dtype, device, **more)
+    problem = Problem.from_shapes(query_shape, key_shape, value_shape, dtype, device, **more)
     return plan_problem(problem, settings, free_bytes)
 
 

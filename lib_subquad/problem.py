@@ -141,8 +141,8 @@ def checked_shape(name: str, shape: Any) -> tuple[int, ...]:
         sizes = tuple(shape)
     except TypeError:
         raise ValueError(f"{name} has shape {shown(shape)}; expected [..., tokens, width]") from None
-    counts = tuple(map(as_count, sizes))
-    if None in counts:
+    counts = tuple(count for count in map(as_count, sizes) if count is not None)
+    if len(counts) < len(sizes):
         raise ValueError(f"{name} has shape {shown(list(sizes))}; expected whole numbers of at least 0")
     return counts
 
@@ -193,11 +193,12 @@ def check_scale(scale: Any) -> float:
     if type(scale) in (float, int) and abs(scale) <= LARGEST_SCALE:  # in no words that a compiler does not know
         return scale
     if isinstance(scale, (torch.SymFloat, torch.SymInt)):  # of an exporter, which may not know the number yet
-        return scale
+        return scale  # type: ignore[return-value]  # stands for a float in all that is done with one
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise ValueError("scale is a tensor that needs a gradient, which attention does not give; expected a number")
     number = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
-    if isinstance(number, numbers.Real) and not isinstance(number, bool) and abs(number) <= LARGEST_SCALE:
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if real and abs(number) <= LARGEST_SCALE:
         return float(number)
     raise ValueError(f"scale is {shown(scale)}; expected a finite number")
 
@@ -215,7 +216,7 @@ def check_mask(mask: Any) -> None:
         )
 
 
-PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+PLAIN_FUNCTIONS = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

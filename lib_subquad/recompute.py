@@ -8,6 +8,7 @@ differentiate. `torch.utils.checkpoint`, which runs a block twice, never sees th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from torch import Tensor
 from . import device as devices
 from . import recorded
 from .engines import order
-from .engines.base import Kept
+from .engines.base import Kept, recomputes
 from .forward import attend_chunks
+from .plan import Plan
+from .problem import Problem
 from .recorded import Record
 from .retry import Attempts, Chunks
 from .second import Gradients
+from .settings import Settings
 
 
 class AttentionNode(torch.autograd.Function):
@@ -27,15 +31,15 @@ class AttentionNode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
         scale: float,
         chunks: Chunks,
-    ) -> Tensor:
-        """The loop, without gradients."""
+    ) -> Tensor | None:
+        """The loop, without gradients; None, or of no use, where it is left unfinished."""
         output, statistics = attend_chunks(query, key, value, mask, scale, chunks)
         if chunks.one_node:  # and not left unfinished
             ctx.save_for_backward(query, key, value, mask, output, statistics)
@@ -45,7 +49,7 @@ class AttentionNode(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         kept = Kept(*ctx.saved_tensors)  # once: torch.utils.checkpoint gives them no second time
         wanted = ctx.needs_input_grad[:4]
 
@@ -62,14 +66,14 @@ class AttentionNode(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _for_each(first: Callable, grad_output: Tensor, level: int) -> list[Tensor | None]:
+def _for_each(first: Callable[[Tensor], list[Tensor | None]], grad_output: Tensor, level: int) -> list[Tensor | None]:
     """Of many output gradients at a time (is_grads_batched=True), one after the other."""
     each = [first(it) for it in torch._remove_batch_dim(grad_output, level, 1, 0)]
     return [None if found[0] is None else torch._add_batch_dim(torch.stack(found), 0, level) for found in zip(*each)]
 
 
 def _gradients(
-    call: tuple,
+    call: tuple[Problem, Plan, Settings],
     records: list[Record],
     kept: Kept,
     grad_output: Tensor,
@@ -84,10 +88,10 @@ def _gradients(
         while attempts.pending:
             with attempts.attempt():  # from the start: a chunk that failed may have added to grad_key already
                 engine = order.named(attempts.plan.engine)
-                if engine.DIFFERENTIABLE:
-                    gradients = _recorded_gradients(records, kept, grad_output, wanted)
-                else:
+                if recomputes(engine):
                     gradients = engine.gradients(kept, grad_output, scale, attempts.plan.sizes, wanted)
+                else:
+                    gradients = _recorded_gradients(records, kept, grad_output, wanted)
     attempts.remember_refusals()
     return gradients
 
@@ -99,10 +103,16 @@ def _is_whole(records: list[Record], queries: int) -> bool:
 def _recorded_gradients(
     records: list[Record], kept: Kept, grad_output: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    queries, keys, values = [], None, None
+    queries: list[Tensor] = []
+    keys: Tensor | None = None
+    values: Tensor | None = None
     for record in records:
         grad_query, grad_key, grad_value = record.gradients(kept, grad_output)
         queries.append(grad_query)
-        keys, values = (grad_key, grad_value) if keys is None else (keys + grad_key, values + grad_value)
+        keys = grad_key if keys is None else keys + grad_key
+        values = grad_value if values is None else values + grad_value
     found = (queries[0] if len(queries) == 1 else torch.cat(queries, dim=-2), keys, values, None)
-    return [it.to(tensor.dtype) if needed else None for it, tensor, needed in zip(found, kept, wanted)]
+    return [
+        it.to(tensor.dtype) if needed and it is not None and tensor is not None else None
+        for it, tensor, needed in zip(found, kept, wanted)
+    ]

@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._python_dispatch
@@ -36,6 +36,7 @@ PLACES = {
     "log_sumexp": STATISTICS,
 }
 NEEDED = {QUERY, KEY, VALUE, OUTPUT, STATISTICS}
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides, dtype
 SMALL = 64  # elements: the state of dropout has fewer
 
 
@@ -57,7 +58,7 @@ class Record(NamedTuple):
         self.stands.grad_output = grad_output[rows]
         try:
             torch.autograd.grad(self.exit, self.door, retain_graph=True, allow_unused=True)
-            return tuple(self.stands.gradients)
+            return tuple(self.stands.gradients[place] for place in (QUERY, KEY, VALUE))
         finally:
             self.stands.let_go()
 
@@ -98,12 +99,12 @@ class _Door(torch.autograd.Function):
     """The tensor itself, with a gradient wanted, and nothing behind it that keeps hold of it."""
 
     @staticmethod
-    def forward(ctx, door: Tensor, tensor: Tensor, stands: _Stands, place: int) -> Tensor:
+    def forward(ctx: Any, door: Tensor, tensor: Tensor, stands: _Stands, place: int) -> Tensor:
         ctx.stands, ctx.place = stands, place
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None, None]:
         ctx.stands.gradients[ctx.place] = grad_output
         return None, None, None, None
 
@@ -112,12 +113,12 @@ class _Exit(torch.autograd.Function):
     """A number that stands for a chunk: the gradient of the chunk comes in here, whatever that of the number is."""
 
     @staticmethod
-    def forward(ctx, chunk: Tensor, stands: _Stands) -> Tensor:
+    def forward(ctx: Any, chunk: Tensor, stands: _Stands) -> Tensor:
         ctx.stands = stands
         return chunk.new_zeros(())
 
     @staticmethod
-    def backward(ctx, _: Tensor):
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.stands.grad_output, None
 
 
@@ -127,7 +128,7 @@ class _StandIn:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
         self.place = -1
-        self.form = tensor.shape, tensor.stride(), tensor.dtype
+        self.form: Form = tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Stands:
@@ -144,7 +145,7 @@ class _Stands:
     def let_go(self) -> None:
         self.kept: Kept | None = None
         self.grad_output: Tensor | None = None
-        self.gradients: list[Tensor | None] = [None, None, None]
+        self.gradients: dict[int, Tensor] = {}
 
     def stand_for(self, tensor: Tensor) -> _StandIn:
         self.all.append(_StandIn(tensor))
@@ -152,11 +153,17 @@ class _Stands:
 
     def tensor(self, stands: _StandIn) -> Tensor:
         self.asked_for = stands
-        return _laid_out(self.kept[stands.place], stands.place, stands.form) if stands.tensor is None else stands.tensor
+        if stands.tensor is not None:
+            return stands.tensor
+        source = None if self.kept is None else self.kept[stands.place]
+        if source is None:
+            raise LookupError("what is kept of a call is there only while its gradients are computed")
+        return _laid_out(source, stands.place, stands.form)
 
     def named(self, node: torch.autograd.graph.Node | None, given: tuple[Tensor | None, ...]) -> Tensor | None:
         """The logsumexp, once it is known of every tensor what to make it of, and none is held any more; or None."""
-        logsumexp, found = None, set()
+        logsumexp: Tensor | None = None
+        found: set[int] = set()
         if node is None:
             return None
         for name, place in PLACES.items():
@@ -170,32 +177,32 @@ class _Stands:
             found.add(place)
             logsumexp = tensor if place == STATISTICS else logsumexp
         known = [stands for stands in self.all if stands.place >= 0]
-        others = sum(stands.tensor.numel() for stands in self.all if stands.place < 0)
-        if not found >= NEEDED or others > SMALL:
+        others = [stands.tensor for stands in self.all if stands.place < 0 and stands.tensor is not None]
+        if not found >= NEEDED or sum(tensor.numel() for tensor in others) > SMALL:
             return None
         for stands in known:
             stands.tensor = None
         return logsumexp
 
 
-def _can_be_made(tensor: Tensor, place: int, given: tuple[Tensor | None, ...], form: tuple) -> bool:
+def _can_be_made(tensor: Tensor, place: int, given: tuple[Tensor | None, ...], form: Form) -> bool:
     """Whether this one, which a node keeps, comes of that one of the call's chunk.
 
     An engine, or what is in the place of PyTorch's function, may have changed it.
     """
-    source = given[place]
-    if place == STATISTICS:
-        batch, heads, queries, _ = given[QUERY].shape
-        return tensor.shape[:2] == (batch, heads) and tensor.dim() > 2 and queries <= tensor.shape[2:].numel()
+    source = given[QUERY if place == STATISTICS else place]
     if source is None:
         return False
+    if place == STATISTICS:
+        batch, heads, queries, _ = source.shape
+        return tensor.shape[:2] == (batch, heads) and tensor.dim() > 2 and queries <= tensor.shape[2:].numel()
     if (source.data_ptr(), source.shape, source.stride(), source.dtype) == (tensor.data_ptr(), *form):
         return True
     expands = place == MASK and tensor.dim() == 4 and all(mine in (1, its) for mine, its in zip(source.shape, form[0]))
     return (expands or tensor.shape == source.shape) and torch.equal(_laid_out(source, place, form), tensor)
 
 
-def _laid_out(source: Tensor, place: int, form: tuple) -> Tensor:
+def _laid_out(source: Tensor, place: int, form: Form) -> Tensor:
     """A tensor of a call's in the shape, strides and dtype that a kernel had it in."""
     shape, stride, dtype = form
     if place == STATISTICS:
@@ -229,7 +236,7 @@ def is_watched() -> bool:
     return hooks is None or hooks() is not None
 
 
-def _hooks_of_pytorch() -> Callable[[], tuple | None] | None:
+def _hooks_of_pytorch() -> Callable[[], tuple[Any, Any] | None] | None:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private, and newer than torch 2.1
     return top and partial(top, True)
 
@@ -252,7 +259,7 @@ def _is_batched(tensor: Tensor) -> bool:
     return re.search(r"\bBatched\b", repr(torch._C._dispatch_keys(tensor))) is not None
 
 
-def unseen_by_policies() -> contextlib.AbstractContextManager:
+def unseen_by_policies() -> contextlib.AbstractContextManager[object]:
     """Hides operators from what chooses which of them `torch.utils.checkpoint` keeps the results of, if it is at work:
     ours are written over."""
     if any(type(mode).__name__ in POLICIES for mode in _modes()):

@@ -38,7 +38,7 @@ ADVICE = "to enable device-side assertions"
 # raises through a kernel.
 REFUSING = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
 
-_refused: dict[tuple, str] = {}
+_refused: dict[tuple[Problem, str, tuple[bool, ...]], str] = {}
 
 
 def is_refusal(error: Exception) -> bool:

@@ -19,7 +19,7 @@ warn_once = cache(console.warn)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
-_remembered: dict[tuple, tuple[Plan, int]] = {}
+_remembered: dict[tuple[Problem, Settings, tuple[bool, ...]], tuple[Plan, int]] = {}
 # Where an engine's gradients are left to PyTorch, and to what it keeps for them.
 _left_to_pytorch: set[tuple[str, Problem]] = set()
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice

@@ -6,6 +6,7 @@ Nothing is made for them before somebody differentiates a gradient (create_graph
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -41,17 +42,18 @@ class Gradients(torch.autograd.Function):
         return tuple(first(grad_output))
 
     @staticmethod
-    def backward(ctx, *grad_gradients: Tensor | None):
+    def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """From all scores, which are made and kept here: there is no other way."""
         needed = ctx.needs_input_grad[:5]
         again = torch.is_grad_enabled()
         with torch.enable_grad(), devices.without_autocast(ctx.saved_tensors[-1].device):
             # Views, so that the gradients of these stay apart from those of whatever grad_output was made of.
-            given = [None if it is None else it.view_as(it) for it in ctx.saved_tensors]
+            given: list[Any] = [None if it is None else it.view_as(it) for it in ctx.saved_tensors]
             inputs = [it for it, wanted in zip(given, needed) if wanted]
             pairs = [(it, grad) for it, grad in zip(given, grad_gradients) if grad is not None]
-            output = order.engines()[-1].attend_traced(*given[:4], ctx.scale)
-            first = torch.autograd.grad(output, [it for it, _ in pairs], given[4], create_graph=True)
+            query, key, value, mask, grad_output = given
+            output = order.engines()[-1].attend_traced(query, key, value, mask, ctx.scale)
+            first = torch.autograd.grad(output, [it for it, _ in pairs], grad_output, create_graph=True)
             second = torch.autograd.grad(
                 first, inputs, [grad for _, grad in pairs], create_graph=again, allow_unused=True
             )
@@ -75,23 +77,26 @@ def enable(chunk: Tensor) -> None:
         nodes = before
 
 
-def _differentiable(grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]):
+def _differentiable(
+    grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
     """A kernel's gradients with a graph behind them, where one is wanted; else, and where it does more than attend,
     they stay as they are. Takes all from the node: what a hook holds would be held for as long as the node."""
     node = _running_node() if torch.is_grad_enabled() else None
-    if node is None or _does_more(node) or recorded.batch_level(grad_outputs[0]):
+    grad_output = grad_outputs[0]  # None where what came after it has no gradient
+    if node is None or grad_output is None or _does_more(node) or recorded.batch_level(grad_output):
         return None
     masks = (getattr(node, f"_saved_{name}", None) for name in ("attn_mask", "attn_bias"))
     mask = next((it for it in masks if it is not None), None)
     query, scale = node._saved_query, node._saved_scale
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     found = [None if it is None else it.detach() for it in grad_inputs[:3]]
-    given = query, node._saved_key, node._saved_value, mask, grad_outputs[0]
+    given = query, node._saved_key, node._saved_value, mask, grad_output
     gradients = Gradients.apply(*given, scale, lambda _: [*found, None])
     return (*gradients[:3], *grad_inputs[3:])
 
 
-def _does_more(node: torch.autograd.graph.Node) -> bool:
+def _does_more(node: Any) -> bool:
     """Than attend with these tensors and this scale; or does not tell."""
     told = all(hasattr(node, f"_saved_{name}") for name in ("query", "key", "value", "scale"))
-    return not told or getattr(node, "_saved_dropout_p", 0) or getattr(node, "_saved_is_causal", False)
+    return not told or bool(getattr(node, "_saved_dropout_p", 0) or getattr(node, "_saved_is_causal", False))

@@ -156,6 +156,15 @@ class Settings:
 
     Raises:
         UserError: a value outside its option's range; the message names the field, the value and what was expected.
+
+    Example:
+        >>> from lib_subquad import Settings
+        >>> Settings(memory_limit=30).query_chunk  # 0 = automatic
+        0
+        >>> Settings(memory_limit=0)
+        Traceback (most recent call last):
+            ...
+        lib_subquad.console.UserError: memory_limit is 0; expected a whole number from 1 to 100
     """
 
     query_chunk: int = OPTIONS["query_chunk"].default

@@ -330,6 +330,27 @@ def test_gradients_of_gradients_where_pytorchs_kernels_are_switched_off():
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Says in its backward pass that there is none."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("call", [F.scaled_dot_product_attention, attention, sdpa])
+def test_a_result_that_gets_no_gradient(call, create_graph):
+    tensors = inputs(value_width=4)
+    sums = WithoutGradient.apply(call(*tensors)) + sum(tensor.sum() for tensor in tensors)
+    found = torch.autograd.grad(sums, tensors, create_graph=create_graph)
+    assert all(grad.equal(torch.ones_like(tensor)) for grad, tensor in zip(found, tensors, strict=True))
+
+
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("engine", order.names())
 @pytest.mark.parametrize("mask", [None, bool_mask], ids=["none", "bool"])

@@ -40,9 +40,19 @@ def read_attention_layers(path: str | os.PathLike[str], heads: int | None = None
         CheckpointError: the file is missing, is no intact `.safetensors` file, or holds shapes that contradict each
             other. A file that is intact but not recognised is no error: see `Checkpoint.family` and `notes`.
         ValueError: `heads` is not a whole number of at least 1.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from lib_subquad.checkpoint import read_attention_layers
+        >>> save_file({"decoder.mid.attn_1.q.weight": torch.zeros(64, 64, 1, 1)}, "vae.safetensors")
+        >>> found = read_attention_layers("vae.safetensors")
+        >>> found.family, [layer.name for layer in found.layers]
+        ('VAE', ['decoder.mid.attn_1'])
     """
     path = Path(path)
-    rule, notes = rules.asked_for(heads), ()
+    rule = rules.asked_for(heads)
+    notes: tuple[str, ...] = ()
     try:
         tensors = header.read(path)
         if rule is None:
@@ -63,5 +73,12 @@ def from_shapes(shapes: Mapping[str, Sequence[int]], heads: int | None = None) -
     Raises:
         CheckpointError: shapes that contradict each other, or channels that do not divide into the heads.
         ValueError: `heads` is not a whole number of at least 1.
+
+    Example:
+        >>> from lib_subquad.checkpoint import from_shapes
+        >>> (layer,) = from_shapes({"decoder.mid.attn_1.q.weight": (512, 512, 1, 1)}).layers
+        >>> query, key, value = layer.shapes(1024, 1024)  # of an image of 1024 x 1024 pixels
+        >>> query  # batch, heads, tokens, head width
+        (1, 1, 16384, 512)
     """
     return families.describe(Tensors(shapes), rules.asked_for(heads))

@@ -16,10 +16,10 @@ YAML_LIMIT = 64 * 2**10  # bytes; the longest that comes with the web UI has 6 K
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of a layer: so many (`count`), or as many as have so many channels (`width`) each."""
+    """Heads of a layer: so many (`count`), or as many as have so many channels (`width`) each; the other is 0."""
 
-    count: int | None = None
-    width: int | None = None
+    count: int = 0
+    width: int = 0
     source: str = ""
 
     def __str__(self) -> str:

@@ -1,14 +1,14 @@
 """What an engine is, and what engines share.
 
-An engine is a module, or any object, with the names of `Engine`: all of them, but for `gradients` where it is
-DIFFERENTIABLE. To add one, write it and put it into `order`, or `order.register` it while a program runs.
+An engine is a module, or any object, with the names of `Engine`, and where it is not DIFFERENTIABLE with that of
+`RecomputingEngine`. To add one, write it and put it into `order`, or `order.register` it while a program runs.
 tests/test_engines.py has a whole one, small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -47,42 +47,40 @@ class Engine(Protocol):
     DIFFERENTIABLE: bool  # PyTorch itself gives the gradients of `attend`, and what it keeps is small
     WHY: str  # why it is taken where it can be, in words for the user
 
-    @staticmethod
-    def why_not(problem: Problem) -> list[str]:
+    def why_not(self, problem: Problem) -> list[str]:
         """Every reason, in words, why it cannot do `problem`; empty if it can."""
 
-    @staticmethod
-    def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
+    def fitting(self, problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
         """The sizes that it prefers, the user's among them, made smaller until a call takes at most `limit`, as far as
         it can; and which of the user's had to give way, in words."""
 
-    @staticmethod
-    def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
+    def smaller(self, problem: Problem, sizes: Sizes) -> Sizes | None:
         """What to try where memory ran out with `sizes`; None where it has nothing smaller that is worth it."""
 
-    @staticmethod
-    def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
+    def taking_over(self, problem: Problem, sizes: Sizes) -> Sizes:
         """What to begin with where another engine, whose `sizes` these are, could not go on."""
 
-    @staticmethod
-    def rows_at_once(problem: Problem, sizes: Sizes) -> int:
+    def rows_at_once(self, problem: Problem, sizes: Sizes) -> int:
         """How many queries `attend` is given: those of `sizes`, or more where it divides them itself."""
 
-    @staticmethod
-    def least_bytes(problem: Problem, settings: Settings) -> int:
+    def least_bytes(self, problem: Problem, settings: Settings) -> int:
         """What the smallest call takes that is still efficient: no limit goes below it until memory really runs out."""
 
-    @staticmethod
-    def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
+    def workspace_bytes(self, problem: Problem, sizes: Sizes) -> int:
         """The most that a call allocates beside its output."""
 
-    @staticmethod
-    def kept_bytes(problem: Problem, sizes: Sizes) -> int | None:
+    def kept_bytes(self, problem: Problem, sizes: Sizes) -> int | None:
         """The same where scores are kept for the backward pass, that pass included; None if it never keeps any."""
 
-    @staticmethod
     def attend(
-        problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+        self,
+        problem: Problem,
+        sizes: Sizes,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         """One query chunk, or several at once.
 
@@ -101,22 +99,28 @@ class Engine(Protocol):
             in the dtype of the computation, else None.
         """
 
-    @staticmethod
-    def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
+    def why_not_traced(self, device: torch.device, mask: Tensor | None) -> list[str]:
         """Every reason why `attend_traced` would not do on this device; asks PyTorch nothing. One that cannot be traced
         at all says so here, and another takes the call."""
 
-    @staticmethod
-    def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend_traced(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """All of a call whose tensors have one dtype, [..., tokens, width], in operators that torch.compile,
         torch.export and torch.func see through: no chunks, no limit. The mask broadcasts, and counts as in `attend`."""
 
-    @staticmethod
+
+class RecomputingEngine(Engine, Protocol):
+    """One that is not DIFFERENTIABLE, and so has a function more."""
+
     def gradients(
-        kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
+        self, kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of query, key, value and mask, each in its tensor's dtype, None where it is not `wanted`; from the
-        statistics, where PyTorch does not give them. An engine that is DIFFERENTIABLE has no such function."""
+        statistics, where PyTorch does not give them."""
+
+
+def recomputes(engine: Engine) -> TypeGuard[RecomputingEngine]:
+    """Whether gradients come from the engine, and not from PyTorch."""
+    return not engine.DIFFERENTIABLE
 
 
 def check_engine(engine: Any) -> None:
@@ -129,13 +133,16 @@ def check_engine(engine: Any) -> None:
     lacks = [
         f"{name} ({kind.__name__})" for name, kind in kinds.items() if type(getattr(engine, name, None)) is not kind
     ]
-    for name, function in vars(Engine).items():
-        optional = name == "gradients" and getattr(engine, "DIFFERENTIABLE", False) is True
-        if isinstance(function, staticmethod) and not optional and not callable(getattr(engine, name, None)):
-            lacks.append(f"{name}()")
+    of_all, of_some = (_functions(kind) for kind in (Engine, RecomputingEngine))
+    needed = of_all if getattr(engine, "DIFFERENTIABLE", False) is True else of_all + of_some
+    lacks += [f"{name}()" for name in needed if not callable(getattr(engine, name, None))]
     if lacks:
         called = shown(getattr(engine, "NAME", engine))
         raise ValueError(f"the engine {called} lacks {', '.join(lacks)}; engines/base.py says what each is")
+
+
+def _functions(protocol: type) -> list[str]:
+    return [name for name, it in vars(protocol).items() if callable(it) and not name.startswith("_")]
 
 
 def attended(

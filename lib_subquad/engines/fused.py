@@ -148,7 +148,7 @@ class _MaskBytes(NamedTuple):
 def _mask_bytes(problem: Problem, queries: int) -> _MaskBytes:
     if problem.mask is None:
         return _MaskBytes()
-    batch, heads, rows, keys = _mask_sizes(problem)
+    batch, heads, rows, keys = _mask_sizes(problem, problem.mask)
     rows = batch * heads * min(rows, queries)
     item, copy = item_bytes(problem.upcast_dtype), rows * keys * item_bytes(_mask_dtype(problem))
     in_rows, is_bool = devices.rules(problem.device).masks_in_rows, problem.mask_dtype == torch.bool
@@ -165,9 +165,9 @@ def _may_open(problem: Problem) -> bool:
     return problem.mask is not None and problem.grad and devices.rules(problem.device).cudnn
 
 
-def _mask_sizes(problem: Problem) -> tuple[int, int, int, int]:
+def _mask_sizes(problem: Problem, mask: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """Those in which a kernel gets it."""
-    return (*problem.mask[:3], problem.keys) if devices.rules(problem.device).masks_in_rows else problem.mask
+    return (*mask[:3], problem.keys) if devices.rules(problem.device).masks_in_rows else mask
 
 
 def _mask_dtype(problem: Problem) -> torch.dtype:
@@ -207,14 +207,14 @@ def attend(
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, most: int | None) -> Tensor:
     """The kernel's result, in calls of no more batch entries and heads than it takes."""
     dim = next((dim for dim in (0, 1) if most is not None and query.shape[dim] > most), None)
-    if dim is None:
+    if dim is None or most is None:
         return pytorch.call(query, key, value, attn_mask=mask, scale=scale)
     parts = []
     for start in range(0, query.shape[dim], most):
         length = min(most, query.shape[dim] - start)
-        tensors = [tensor.narrow(dim, start, length) for tensor in (query, key, value)]
-        masked = mask is not None and mask.shape[dim] > 1
-        parts.append(_in_parts(*tensors, mask.narrow(dim, start, length) if masked else mask, scale, most))
+        some, keys, values = (tensor.narrow(dim, start, length) for tensor in (query, key, value))
+        its_mask = mask.narrow(dim, start, length) if mask is not None and mask.shape[dim] > 1 else mask
+        parts.append(_in_parts(some, keys, values, its_mask, scale, most))
     return torch.cat(parts, dim)
 
 
@@ -312,7 +312,7 @@ def _choice(problem: Problem) -> int:
     value = _probe(problem, problem.keys, problem.value_width)
     mask = None
     if problem.mask is not None:
-        sizes = _mask_sizes(problem)
+        sizes = _mask_sizes(problem, problem.mask)
         row = torch.zeros(sizes[-1], dtype=_mask_dtype(problem), device=problem.device)
         mask = row.as_strided(sizes, (0, 0, 0, 1))
     return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)

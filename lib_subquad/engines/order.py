@@ -16,6 +16,20 @@ def register(engine: Engine, before: str | None = None) -> None:
 
     Raises:
         ValueError: it lacks something, there is one of that name, or none called `before`.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from lib_subquad import Settings, attention
+        >>> from lib_subquad.engines import order, portable
+        >>> mine = SimpleNamespace(**vars(portable))  # the portable one under another name
+        >>> mine.NAME, mine.WHY = "mine", "it is mine"
+        >>> order.register(mine, before="portable")
+        >>> plans, (query, key, value) = [], torch.randn(3, 1, 8, 64, 40)
+        >>> output = attention(query, key, value, settings=Settings(engine="mine"), report=plans.append)
+        >>> plans[0].engine
+        'mine'
+        >>> order.withdraw("mine")
     """
     check_engine(engine)
     if engine.NAME in settings.OPTIONS["engine"].choices:
@@ -29,6 +43,13 @@ def withdraw(name: str) -> None:
 
     Raises:
         ValueError: there is none of that name, or no other.
+
+    Example:
+        >>> from lib_subquad.engines import fused, order
+        >>> order.withdraw("fused")
+        >>> "fused" in order.names()
+        False
+        >>> order.register(fused, before="portable")
     """
     engine = _existing(name)
     if len(_engines) == 1:
@@ -81,5 +102,7 @@ def candidates(wanted: str) -> tuple[Engine, ...]:
     return (*first, *(engine for engine in _engines if engine.EXACT and engine not in first))
 
 
-for _engine in (fused, portable):  # a fused kernel where the device has one; what runs everywhere comes last
+# A fused kernel where the device has one; what runs everywhere comes last.
+_OURS: tuple[Engine, ...] = (fused, portable)
+for _engine in _OURS:
     register(_engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,13 @@ OWN = getattr(torch._C._nn, "scaled_dot_product_attention", F.scaled_dot_product
 _running = threading.local()
 
 
-def call(*tensors: Tensor, **more) -> Tensor:
+def call(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
     """What now has the public name; its own where that has led back to us."""
     if is_running():
-        return OWN(*tensors, **more)
+        return OWN(query, key, value, **more)
     _running.here = True
     try:
-        return F.scaled_dot_product_attention(*tensors, **more)
+        return F.scaled_dot_product_attention(query, key, value, **more)
     finally:
         _running.here = False
 

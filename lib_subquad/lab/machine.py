@@ -41,7 +41,10 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
-def processor_seconds() -> tuple[float, float, float] | None:
+Seconds = tuple[float, float, float]
+
+
+def processor_seconds() -> Seconds | None:
     """(all that there was, what programs took of it, what this one took) since the start, where the system tells."""
     try:
         with open("/proc/stat") as file:
@@ -53,7 +56,7 @@ def processor_seconds() -> tuple[float, float, float] | None:
     return sum(seconds), sum(seconds) - seconds[3] - seconds[4], own.user + own.system  # idle, and waiting for disks
 
 
-def share_of_others(before: tuple | None, after: tuple | None) -> float | None:
+def share_of_others(before: Seconds | None, after: Seconds | None) -> float | None:
     if before is None or after is None or after[0] == before[0]:
         return None
     everything, busy, own = (late - early for early, late in zip(before, after))

@@ -19,8 +19,8 @@ Stop = Callable[[], int]  # ends a measurement: bytes at the peak, beside what w
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked."""
     module = {"cuda": torch.cuda, "mps": getattr(torch, "mps", None), "xpu": getattr(torch, "xpu", None)}
-    if module.get(device.type) is not None:
-        module[device.type].synchronize()
+    if (found := module.get(device.type)) is not None:
+        found.synchronize()
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
@@ -52,7 +52,7 @@ class PeakMemory:
         self._stop = self._start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bytes = None if self._stop is None else max(0, self._stop())
 
     def _start(self) -> Stop | None:

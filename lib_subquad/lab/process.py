@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Failed(Exception):
     """The process gave no answer; the message is the reason, for the user."""
 
 
-def ask(module: str, question: dict, timeout: float | None = None) -> dict:
+def ask(module: str, question: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
     """What `python -m module`, which calls `serve`, answers.
 
     Raises:
@@ -59,7 +60,7 @@ def busy_programs(count: int) -> Iterator[None]:
             program.wait()
 
 
-def serve(answer: Callable[[dict], dict]) -> None:
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Answer the question on stdin with one line of JSON on stdout; whatever else is printed goes to stderr."""
     question = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):

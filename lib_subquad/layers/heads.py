@@ -6,6 +6,8 @@ of a single head, `f(q, k, v)`. What they are given has grown with the models; w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,12 +80,13 @@ def spatial_attention(
     """
     if reason := _why_not_spatial(query, key, value):
         raise ValueError(reason)
-    tokens = (it.flatten(2).transpose(1, 2)[:, None] for it in (query, key, value.to(query.dtype)))
-    output = attend(*tokens, None, None, settings, report)
-    return output[:, 0].transpose(1, 2).contiguous().reshape(query.shape)  # as callers find it elsewhere
+    shape = query.shape
+    query, key, value = (it.flatten(2).transpose(1, 2)[:, None] for it in (query, key, value.to(query.dtype)))
+    output = attend(query, key, value, None, None, settings, report)
+    return output[:, 0].transpose(1, 2).contiguous().reshape(shape)  # as callers find it elsewhere
 
 
-def _why_not(query, key, value, heads, mask=None, *, skip_reshape: bool = False) -> str:
+def _why_not(query: Any, key: Any, value: Any, heads: Any, mask: Any = None, *, skip_reshape: bool = False) -> str:
     """Why `heads_attention` cannot compute this, in words; empty if it can."""
     if reason := _why_no_projections(query, key, value, 4 if skip_reshape else 3):
         return reason
@@ -109,7 +112,7 @@ def _why_not(query, key, value, heads, mask=None, *, skip_reshape: bool = False)
     return "" if fits else "a mask whose sizes do not fit"
 
 
-def _why_not_spatial(query, key, value) -> str:
+def _why_not_spatial(query: Any, key: Any, value: Any) -> str:
     """Why `spatial_attention` cannot compute this, in words; empty if it can."""
     if not isinstance(query, Tensor) or query.dim() < 3:
         return "no feature maps"
@@ -133,10 +136,11 @@ def _in_batches_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     wanted, (batch, tokens) = query.shape[0], key.shape[:2]
     if wanted in (0, batch) or batch * tokens % wanted or value.shape[:2] != key.shape[:2]:
         return key, value
-    return tuple(it.reshape(wanted, batch * tokens // wanted, it.shape[2]) for it in (key, value))
+    key, value = (it.reshape(wanted, batch * tokens // wanted, it.shape[2]) for it in (key, value))
+    return key, value
 
 
-def _why_no_projections(query, key, value, dimensions: int) -> str:
+def _why_no_projections(query: Any, key: Any, value: Any, dimensions: int) -> str:
     tensors = (query, key, value)
     if not all(isinstance(it, Tensor) and it.dim() == dimensions for it in tensors):
         return f"queries, keys or values that do not have {dimensions} dimensions"

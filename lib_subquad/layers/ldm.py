@@ -7,17 +7,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import device as devices
 from ..settings import Settings
 from .projections import Report, attend
 
 
+class CrossAttentionParts(Protocol):
+    """What is used of a `CrossAttention`."""
+
+    to_q: Callable[[Tensor], Tensor]
+    to_k: Callable[[Tensor], Tensor]
+    to_v: Callable[[Tensor], Tensor]
+    to_out: Callable[[Tensor], Tensor]
+    heads: int
+    scale: float
+
+
+class AttnBlockParts(Protocol):
+    """What is used of an `AttnBlock`."""
+
+    norm: Callable[[Tensor], Tensor]
+    q: Callable[[Tensor], Tensor]
+    k: Callable[[Tensor], Tensor]
+    v: Callable[[Tensor], Tensor]
+    proj_out: Callable[[Tensor], Tensor]
+
+
 def cross_attention(
-    layer: nn.Module,
+    layer: CrossAttentionParts,
     x: Tensor,
     context: Tensor | None = None,
     mask: Tensor | None = None,
@@ -27,7 +49,7 @@ def cross_attention(
     settings: Settings = Settings(),
     split_context: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     report: Report | None = None,
-    **ignored,
+    **ignored: object,
 ) -> Tensor:
     """`CrossAttention.forward`.
 
@@ -67,7 +89,12 @@ def cross_attention(
 
 
 def attn_block(
-    layer: nn.Module, x: Tensor, *, settings: Settings = Settings(), report: Report | None = None, **ignored
+    layer: AttnBlockParts,
+    x: Tensor,
+    *,
+    settings: Settings = Settings(),
+    report: Report | None = None,
+    **ignored: object,
 ) -> Tensor:
     """`AttnBlock.forward`: every position of a feature map attends to every other, with one head of all channels.
 

@@ -151,6 +151,12 @@ def without_packages(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
+def test_without_docstrings_too():
+    command = [sys.executable, "-OO", "-m", "lib_subquad", "plan", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "") and "--checkpoint" in done.stdout
+
+
 # -------------------------------------------------------------------------------------------------- where nobody reads
 
 

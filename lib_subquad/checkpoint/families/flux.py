@@ -80,7 +80,9 @@ def read(flux: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
 def _variant(flux: Tensors) -> tuple[str, list[str]]:
     """(what its input makes it, notes)."""
     channels = flux.inputs("img_in")
-    if channels is None or channels in VARIANTS:
-        return VARIANTS.get(channels, ""), []
+    if channels is None:
+        return "", []
+    if channels in VARIANTS:
+        return VARIANTS[channels], []
     words = f"{channels} input channels"
     return words, [f"It takes {words}, which is no variant known here."]

@@ -11,6 +11,11 @@ from .gradients import gradients
 from .sizes import fitting, kept_bytes, least_bytes, rows_at_once, smaller, taking_over, workspace_bytes
 
 __all__ = [
+    "DIFFERENTIABLE",
+    "EXACT",
+    "NAME",
+    "SPLITS_KEYS",
+    "WHY",
     "attend",
     "attend_traced",
     "gradients",

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import device as devices
@@ -20,6 +19,8 @@ from ...tensors import new_output, rows_of
 from ..base import Sizes
 from . import workers
 from .sizes import Group, Piece, pieces, shares
+
+Part = tuple[Tensor, Tensor, Tensor | None]  # keys, values and their mask
 
 LOG2_E = math.log2(math.e)
 # Weights below 2^-100 of a row's largest change no float32 result, but exp2 of what would underflow takes up to
@@ -74,7 +75,9 @@ def attend_keeping_scores(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     return torch.matmul(weights, value.to(compute)).to(value.dtype)
 
 
-def fold(query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fold(
+    query: Tensor, parts: Iterable[Part], scale: float, buffer: Tensor, lazy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fold one group of heads, query [heads, queries, width], over all key parts.
 
     `lazy` takes the maximum seen so far for a part's own, which saves a pass over its scores. Exact as long as no sum
@@ -84,10 +87,11 @@ def fold(query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: boo
         The weighted sum of values [heads, queries, value width], the sum of weights and the maximum score, both
         [heads, queries, 1].
     """
-    maximum = total = weighted = None
+    maximum = total = weighted = buffer  # of no meaning before a first part
+    first = True
     for key, value, mask in parts:
         scores = shaped(buffer, (*query.shape[:2], key.shape[1]))
-        if lazy and maximum is not None:
+        if lazy and not first:
             weights = exp_(torch.baddbmm(-maximum, query, key.transpose(1, 2), out=scores), scale)
             sums = weights.sum(-1, keepdim=True)
             if sums.amax() <= LARGEST_SUM:  # false for NaN too
@@ -99,7 +103,7 @@ def fold(query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: boo
         # A row whose every key so far is masked has a finite maximum too, so that -inf minus it is no NaN. The lowest
         # that there is: a mask of finfo.min on every key leaves their mean, as it does with PyTorch's attention.
         highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-        if maximum is None:
+        if first:
             maximum = highest
             lazy = lazy and bool((scores.amin() - maximum.amax()) * (scale * LOG2_E) > SMALLEST_EXPONENT)
         else:
@@ -109,8 +113,8 @@ def fold(query: Tensor, parts: Iterable, scale: float, buffer: Tensor, lazy: boo
             weighted *= rescale
         weights = exp_(scores.sub_(maximum), scale, underflows=not lazy and mask is None)
         sums = weights.sum(-1, keepdim=True)
-        if weighted is None:
-            total, weighted = sums, torch.bmm(weights, value)
+        if first:
+            total, weighted, first = sums, torch.bmm(weights, value), False
         else:
             total += sums
             weighted.baddbmm_(weights, value)
@@ -152,7 +156,7 @@ def exp_(scores: Tensor, scale: float = 1.0, underflows: bool = False) -> Tensor
         return scores.exp2_()
     if not scores.amin() < SMALLEST_EXPONENT:
         return scores.exp2_()
-    return F.threshold_(scores.clamp_(min=SMALLEST_EXPONENT).exp2_(), 2.0**SMALLEST_EXPONENT, 0.0)
+    return torch.threshold_(scores.clamp_(min=SMALLEST_EXPONENT).exp2_(), 2.0**SMALLEST_EXPONENT, 0.0)
 
 
 def scaled(query: Tensor, scale: float) -> Tensor:
@@ -181,9 +185,7 @@ def group_of(mask: Tensor, index: Group) -> Tensor:
     return mask if mask.shape[0] == 1 else mask[heads]
 
 
-def key_parts(
-    key: Tensor, value: Tensor, mask: Tensor | None, size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def key_parts(key: Tensor, value: Tensor, mask: Tensor | None, size: int) -> Iterator[Part]:
     """Keys, values and mask in parts of `size` keys, in the dtype of the computation."""
     compute = devices.compute_dtype(key.dtype)
     contiguous = devices.rules(key.device).contiguous

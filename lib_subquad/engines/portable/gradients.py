@@ -22,7 +22,7 @@ from ... import device as devices
 from ...tensors import rows_of
 from ..base import Kept, Sizes
 from . import workers
-from .attend import exp_, group_of, key_parts, scaled, score, score_buffer, shaped
+from .attend import Part, exp_, group_of, key_parts, scaled, score, score_buffer, shaped
 from .sizes import Group, head_groups, shares, slices
 
 
@@ -33,7 +33,8 @@ def gradients(
     compute = devices.compute_dtype(query.dtype)
     tensors = (query, key, value, mask)
     grad_query, grad_key, grad_value, grad_mask = sums = [
-        torch.zeros_like(tensor, dtype=compute) if needed else None for tensor, needed in zip(tensors, wanted)
+        torch.zeros_like(tensor, dtype=compute) if needed and tensor is not None else None
+        for tensor, needed in zip(tensors, wanted)
     ]
     batch, heads, queries, _ = query.shape
     # The gradient of a mask may be a sum over all heads, which no two threads can add to.
@@ -76,7 +77,8 @@ def gradients(
         buffers = tiles()
         for index in mine:
             for rows in slices(queries, each.queries):
-                add(index, rows, all_keys, None if grad_query is None else grad_query[(*index, rows)], buffers)
+                here = (*index, rows)
+                add(index, rows, all_keys, None if grad_query is None else grad_query[here], buffers)
 
     def add_rows(index: Group, rows: slice) -> None:
         """Threads share the keys, and each range of them has a gradient of the queries of its own."""
@@ -87,10 +89,13 @@ def gradients(
                 add(index, rows, keys, grad_queries, buffers)
 
         ranges = list(slices(key.shape[2], -(-key.shape[2] // (each.keys * threads)) * each.keys))
-        given = [None if grad_query is None else torch.zeros_like(grad_query[(*index, rows)]) for _ in ranges]
+        here = (*index, rows)
+        whole = None if grad_query is None else grad_query[here]
+        given = [None if whole is None else torch.zeros_like(whole) for _ in ranges]
         workers.share(zip(ranges, given), add_keys, threads)
-        for grad_queries in given if grad_query is not None else ():
-            grad_query[(*index, rows)] += grad_queries
+        for grad_queries in given:
+            if whole is not None and grad_queries is not None:
+                whole.add_(grad_queries)
 
     groups = list(head_groups(batch, heads, each.heads))
     if len(groups) >= threads:
@@ -99,14 +104,12 @@ def gradients(
         for index in groups:
             for rows in slices(queries, each.queries):
                 add_rows(index, rows)
-    return [None if total is None else total.to(tensor.dtype) for total, tensor in zip(sums, tensors)]
+    return [None if total is None or tensor is None else total.to(tensor.dtype) for total, tensor in zip(sums, tensors)]
 
 
-def _parts(
-    key: Tensor, value: Tensor, mask: Tensor | None, keys: slice, size: int
-) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor | None]]]:
+def _parts(key: Tensor, value: Tensor, mask: Tensor | None, keys: slice, size: int) -> Iterator[tuple[slice, Part]]:
     """Parts of these keys with the slice that each covers."""
-    one_for_all = mask is None or mask.shape[-1] == 1
-    parts = key_parts(key[:, keys], value[:, keys], mask if one_for_all else mask[..., keys], size)
+    mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
+    parts = key_parts(key[:, keys], value[:, keys], mask, size)
     for start, tensors in zip(range(keys.start, keys.stop, size), parts):
         yield slice(start, min(start + size, keys.stop)), tensors

@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def share(pieces: Iterable[Piece], compute: Callable[[Iterator[Piece]], None], w
         except BaseException as error:
             shared.stop(error)
 
-    futures: list[concurrent.futures.Future] = []
+    futures: list[concurrent.futures.Future[None]] = []
     try:
         _submit(work, workers, futures)
         if not futures:
@@ -77,7 +77,8 @@ class _Shared(Generic[Piece]):
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         self._pieces, self._lock = iter(pieces), threading.Lock()
-        self._stopped, self.error = False, None
+        self._stopped = False
+        self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -94,7 +95,7 @@ class _Shared(Generic[Piece]):
             self.error = self.error or error
 
 
-def _submit(work: Callable[[], None], count: int, futures: list[concurrent.futures.Future]) -> None:
+def _submit(work: Callable[[], None], count: int, futures: list[concurrent.futures.Future[None]]) -> None:
     """Have it done so many times, or less often where the system has no room for a thread, or is on its way out."""
     with contextlib.suppress(RuntimeError):
         threads = _pool(count)
@@ -102,7 +103,7 @@ def _submit(work: Callable[[], None], count: int, futures: list[concurrent.futur
             futures.append(threads.submit(work))
 
 
-def _wait(futures: list[concurrent.futures.Future]) -> None:
+def _wait(futures: list[concurrent.futures.Future[None]]) -> None:
     while concurrent.futures.wait(futures, SECONDS_TO_CTRL_C).not_done:
         pass
 
@@ -139,7 +140,7 @@ def _pool(size: int) -> concurrent.futures.ThreadPoolExecutor:
     """At least so many threads, that last as long as the process."""
     global _threads, _size
     with _lock:
-        if size > _size:
+        if _threads is None or size > _size:
             if _threads is not None:
                 _threads.shutdown(wait=False)
             _threads, _size = _started(size), size
@@ -174,7 +175,7 @@ def _started(size: int) -> concurrent.futures.ThreadPoolExecutor:
     return threads
 
 
-def _in_a_new_thread(function: Callable, *args):
+def _in_a_new_thread(function: Callable[..., Any], *args: int) -> Any:
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *args).result()
 

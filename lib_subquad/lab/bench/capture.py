@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def capture(checkpoint: str, size: tuple[int, int], folder: Path) -> dict[Shape,
     return {Shape(*found["shape"]): found["file"] for found in answer["captured"]}
 
 
-def _answer(question: dict) -> dict:
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
     try:
         captured = _captured(question["checkpoint"], question["size"])
     except UserError as error:
@@ -51,8 +52,8 @@ def _answer(question: dict) -> dict:
     for number, (shape, tensors) in enumerate(captured):
         file = str(Path(question["folder"]) / f"{number}.pt")
         torch.save(tensors, file)
-        answer.append({"shape": [shape.name, shape.batch, shape.heads, shape.queries, shape.keys, shape.width]})
-        answer[-1]["file"] = file
+        sizes = [shape.name, shape.batch, shape.heads, shape.queries, shape.keys, shape.width]
+        answer.append({"shape": sizes, "file": file})
     return {"captured": answer}
 
 
@@ -148,13 +149,17 @@ def unet_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object
 def _inputs(
     unet: nn.Module, shapes: Mapping[str, tuple[int, ...]], found: Checkpoint, size: tuple[int, int]
 ) -> tuple[Tensor, ...]:
-    cross = next(layer for layer in found.layers if layer.part == "unet" and layer.context_tokens is not None)
+    cross, tokens, width = next(
+        (layer, layer.context_tokens, layer.context_width)
+        for layer in found.layers
+        if layer.part == "unet" and layer.context_tokens is not None and layer.context_width is not None
+    )
     generator = torch.Generator().manual_seed(0)
     batch = cross.guidance_copies
     in_channels = shapes["input_blocks.0.0.weight"][1]
     columns, lines = (side // cross.latent_factor for side in size)
     latent = torch.randn(1, in_channels, lines, columns, generator=generator).expand(batch, -1, -1, -1)
-    context = torch.randn(batch, cross.context_tokens, cross.context_width, generator=generator) * TOKEN_SPREAD
+    context = torch.randn(batch, tokens, width, generator=generator) * TOKEN_SPREAD
     return latent, torch.full((batch,), TIMESTEP), context
 
 
@@ -162,14 +167,15 @@ def listen(unet: nn.Module, inputs: tuple[Tensor, ...], name: str) -> list[tuple
     """Run the U-Net; [query, key, value] of one layer of each distinct shape, the costliest first."""
     kept: dict[Shape, tuple[float, list[Tensor]]] = {}
 
-    def heard(layer: nn.Module, projected: dict[str, Tensor]) -> None:
+    def heard(layer: Any, projected: dict[str, Tensor]) -> None:
         tensors = [
             projected[which].unflatten(-1, (layer.heads, -1)).transpose(1, 2).contiguous()
             for which in ("to_q", "to_k", "to_v")
         ]
         query, key, _ = tensors
         words = name if query.shape[2] == key.shape[2] else f"{name} cross"
-        shape = Shape(words, *query.shape[:3], key.shape[2], query.shape[3])
+        batch, heads, queries, width = query.shape
+        shape = Shape(words, batch, heads, queries, key.shape[2], width)
         # No score is larger than this; layers with large ones are the hard cases.
         bound = (query.norm(dim=-1).max() * key.norm(dim=-1).max()).item()
         if shape not in kept or bound > kept[shape][0]:
@@ -190,16 +196,16 @@ def listen(unet: nn.Module, inputs: tuple[Tensor, ...], name: str) -> list[tuple
     return sorted(found, key=lambda pair: pair[0].scores, reverse=True)
 
 
-def _hooks(layer: nn.Module, heard) -> list:
+def _hooks(layer: nn.Module, heard: Callable[[nn.Module, dict[str, Tensor]], None]) -> list[Any]:
     projected: dict[str, Tensor] = {}
 
-    def take(which: str):
-        def hook(module: nn.Module, given, output: Tensor) -> None:
+    def take(which: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, given: object, output: Tensor) -> None:
             projected[which] = output
 
         return hook
 
-    def finish(module: nn.Module, given, output: Tensor) -> None:
+    def finish(module: nn.Module, given: object, output: Tensor) -> None:
         heard(module, projected)
         projected.clear()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def _measure_apart(job: Job, timeout: float | None) -> Measurement:
         return Measurement(reason=str(error))
 
 
-def _answer(question: dict) -> dict:
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{**question, "shape": Shape(**question["shape"])})
     stay_within_memory(torch.device(job.device))
     return dataclasses.asdict(_measure_or_reason(job))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ...attention import attention
 from ...layers.ldm import cross_attention
+from ...plan import Plan
 from ...settings import Settings
 from .. import tables
 from .work import written_in
@@ -27,7 +29,7 @@ CALLS_OF_A_STEP = {"SD 1.5": 32, "SDXL": 140}
 
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 Case = Callable[[str], Iterator[Pair]]
-Forward = Callable[[nn.Module, Tensor], Tensor]
+Forward = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,21 @@ def _microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs"
 
 
-def of_a_layer(layer: Callable[[int], nn.Module], forward: Forward) -> Case:
+def of_a_layer(layer: Callable[[int], Any], forward: Forward) -> Case:
     """`forward` of the layer with so many channels, beside the same layer with PyTorch's function written in."""
 
     def pairs(device: str) -> Iterator[Pair]:
         made = layer(CHANNELS).eval().to(device)
         while True:
             x = torch.randn(1, SMALL[2], CHANNELS, device=device)
-            yield (
-                lambda x=x: written_in(made, x, None, F.scaled_dot_product_attention),
-                lambda x=x: forward(made, x),
-            )
+
+            def theirs(x: Tensor = x) -> Tensor:
+                return written_in(made, x, None, F.scaled_dot_product_attention)
+
+            def ours(x: Tensor = x) -> Tensor:
+                return forward(made, x)
+
+            yield theirs, ours
 
     return pairs
 
@@ -107,19 +113,33 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 # ------------------------------------------------------------------------------------------------------------ the cases
 
 
-def _pairs(shapes=((SMALL, SMALL[2]),), masked: bool = False, **ours) -> Case:
-    """Theirs and ours on tensors that are new at every call; what of `ours` is a function is called for each."""
+def _pairs(
+    shapes: Sequence[tuple[tuple[int, ...], int]] = ((SMALL, SMALL[2]),),
+    masked: bool = False,
+    **settings: Callable[[], Any],
+) -> Case:
+    """Theirs and ours on tensors that are new at every call; each of ours is given what `settings` give."""
 
     def pairs(device: str) -> Iterator[Pair]:
         for shape, keys in cycle(shapes):
             query = torch.randn(shape, device=device)
             key, value = (torch.randn(*shape[:2], keys, shape[3], device=device) for _ in range(2))
             mask = torch.rand(shape[2], keys, device=device) > 0.3 if masked else None
-            more = {name: value() for name, value in ours.items()}
-            yield (
-                lambda q=query, k=key, v=value, m=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
-                lambda q=query, k=key, v=value, m=mask, more=more: attention(q, k, v, mask=m, **more),
-            )
+            made = {name: make() for name, make in settings.items()}
+
+            def theirs(q: Tensor = query, k: Tensor = key, v: Tensor = value, m: Tensor | None = mask) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+
+            def ours(
+                q: Tensor = query,
+                k: Tensor = key,
+                v: Tensor = value,
+                m: Tensor | None = mask,
+                more: dict[str, Any] = made,
+            ) -> Tensor:
+                return attention(q, k, v, mask=m, **more)
+
+            yield theirs, ours
 
     return pairs
 
@@ -135,8 +155,9 @@ class _CrossAttention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
 
-def _reporting(layer: nn.Module, x: Tensor) -> Tensor:
-    return cross_attention(layer, x, settings=Settings(), report=[].append)
+def _reporting(layer: Any, x: Tensor) -> Tensor:
+    told: list[Plan] = []
+    return cross_attention(layer, x, settings=Settings(), report=told.append)
 
 
 CASES = {

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def _sdpa_math(problem: Problem) -> Attention:
     return attend
 
 
-def _only_the_math_kernel():
+def _only_the_math_kernel() -> contextlib.AbstractContextManager[Any]:
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch before 2.3
@@ -173,9 +173,9 @@ def _from_file(path: str) -> Callable[[Problem], Attention]:
     return make
 
 
-def _load(path: str) -> Callable:
+def _load(path: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location("subquad_bench_peer", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise Unsupported("not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
 from ... import device as devices
 from .results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANEL_INCHES = (4.2, 3.6)
 MARKERS = "oDs^vPX*<>"
 MOST_COLUMNS = 3
 
 
-def draw_bench(results: Sequence[Result], title: str):
+def draw_bench(results: Sequence[Result], title: str) -> Figure:
     """A matplotlib figure: for every shape a panel, in it every peer's time against its peak memory."""
     from matplotlib.figure import Figure  # no pyplot: no window, no display needed
 
@@ -24,11 +29,13 @@ def draw_bench(results: Sequence[Result], title: str):
     figure.suptitle(title, fontsize="medium")
     peers = list(dict.fromkeys(result.peer for result in results))
     styles = dict(zip(peers, _styles()))
-    handles = {}
+    handles: dict[str, Any] = {}
     for number, shape in enumerate(shapes):
         axes = figure.add_subplot(rows, columns, number + 1)
         for result in results:
-            if result.shape != shape or result.seconds is None or result.peak_bytes is None:
+            if result.shape != shape or result.peak_bytes is None:
+                continue
+            if result.seconds is None or result.low is None or result.high is None:
                 continue
             low, high = result.seconds - result.low, result.high - result.seconds
             handles[result.peer] = axes.errorbar(
@@ -50,7 +57,7 @@ def draw_bench(results: Sequence[Result], title: str):
     return figure
 
 
-def draw_growth(results: Sequence[Result], title: str):
+def draw_growth(results: Sequence[Result], title: str) -> Figure:
     """A matplotlib figure: workspace, and time per score, against the number of tokens."""
     from matplotlib.figure import Figure
 
@@ -59,16 +66,11 @@ def draw_growth(results: Sequence[Result], title: str):
     memory, time = figure.subplots(1, 2)
     peers = list(dict.fromkeys(result.peer for result in results))
     for peer, style in zip(peers, _styles()):
-        found = [result for result in results if result.peer == peer and result.seconds is not None]
-        tokens = [result.shape.queries for result in found]
-        measured = [result for result in found if result.workspace_bytes is not None]
-        memory.plot(
-            [result.shape.queries for result in measured],
-            [result.workspace_bytes / devices.MIB for result in measured],
-            label=peer,
-            **style,
-        )
-        time.plot(tokens, [result.seconds / result.shape.scores * 1e9 for result in found], label=peer, **style)
+        found = [result for result in results if result.peer == peer]
+        held = [(it.shape.queries, it.workspace_bytes / devices.MIB) for it in found if it.workspace_bytes is not None]
+        took = [(it.shape.queries, it.seconds / it.shape.scores * 1e9) for it in found if it.seconds is not None]
+        for axes, points in ((memory, held), (time, took)):
+            axes.plot([tokens for tokens, _ in points], [value for _, value in points], label=peer, **style)
     for axes, words in ((memory, "workspace beside the result, MiB"), (time, "nanoseconds per score")):
         axes.set(xlabel="tokens", ylabel=words, xscale="log")
         axes.set_xscale("log", base=2)
@@ -80,11 +82,11 @@ def draw_growth(results: Sequence[Result], title: str):
     return figure
 
 
-def _styles():
+def _styles() -> Iterator[dict[str, Any]]:
     return ({"color": f"C{number % 10}", "marker": marker} for number, marker in enumerate(cycle(MARKERS)))
 
 
-def _plain_numbers(axes) -> None:
+def _plain_numbers(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator
 
     for axis in (axes.xaxis, axes.yaxis):

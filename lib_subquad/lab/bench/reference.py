@@ -21,13 +21,17 @@ def chosen_rows(tensor: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
     return torch.stack([tensor[number // heads, number % heads][rows] for number in chosen])
 
 
-def expected(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, grad: Tensor | None = None):
-    """Exact results of the sampled rows; with a gradient of the output also that of the queries."""
-    query = exact(chosen_rows(query, rows))
+def expected(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    """Exact results of the sampled rows."""
+    return exact_attention(exact(chosen_rows(query, rows)), exact(chosen_rows(key)), exact(chosen_rows(value)))
+
+
+def expected_with_gradient(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the gradient of the queries where `grad` is that of the results."""
+    query = exact(chosen_rows(query, rows)).requires_grad_()
     key, value = (exact(chosen_rows(tensor)) for tensor in (key, value))
-    if grad is None:
-        return exact_attention(query, key, value)
-    query.requires_grad_()
     output = exact_attention(query, key, value)
     return output.detach(), torch.autograd.grad(output, query, exact(grad))[0]
 

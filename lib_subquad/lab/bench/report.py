@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .. import tables
 from .results import Result, find, geometric_mean
@@ -11,7 +12,7 @@ from .results import Result, find, geometric_mean
 BASE_TOKENS = 4096  # what time per score is compared with: a 512² image in SD 1.5
 
 
-def heading(record: dict) -> str:
+def heading(record: Mapping[str, Any]) -> str:
     what = {"attention": "attention", "training": "forward and backward", "layer": "a whole CrossAttention layer"}
     parts = [what[record["mode"]], record["dtype"]]
     if record["scores"] != "normal":
@@ -22,7 +23,7 @@ def heading(record: dict) -> str:
     return f"{', '.join(parts)}; {record['device']}{threads}, torch {record['torch']}"
 
 
-def report(record: dict, results: Sequence[Result], against: Sequence[str]) -> str:
+def report(record: Mapping[str, Any], results: Sequence[Result], against: Sequence[str]) -> str:
     """Everything that `bench` prints when measuring is over."""
     lines = [heading(record), ""]
     lines.append(main_table(results, against))
@@ -73,7 +74,7 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
     return tables.table(headings, rows, left={headings[0]})
 
 
-def _legend(record: dict, results: Sequence[Result]) -> str:
+def _legend(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     once = any(len(result.good) == 1 for result in results)
     warning = " What was measured once is not to be trusted: times change from one round to the next." if once else ""
     return (
@@ -99,7 +100,7 @@ def others(results: Sequence[Result]) -> list[float] | None:
     return [min(shares), statistics.median(shares), max(shares)] if shares else None
 
 
-def busyness(record: dict) -> str:
+def busyness(record: Mapping[str, Any]) -> str:
     """What else the machine was doing, in words."""
     if record["threads"] is None or record["others"] is None:
         return ""
@@ -110,7 +111,7 @@ def busyness(record: dict) -> str:
     )
 
 
-def growth_report(record: dict, results: Sequence[Result]) -> str:
+def growth_report(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     """Everything that `growth` prints."""
     legend = f"{how_often(results)}workspace: beside inputs and result; planned: what the plan promised."
     lines = [heading(record), "", growth_table(results), "", legend + busyness(record), "", f"`{record['command']}`"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...layers.ldm import cross_attention
+from ...layers.ldm import CrossAttentionParts, cross_attention
 from ...problem import Problem
 from . import reference
 from .peers import Attention, Peer, Unsupported
@@ -44,26 +44,31 @@ class Job:
         return PEAKY if self.scores == "peaky" else 1
 
 
+Self = TypeVar("Self", bound="Inference")
+
+
 class Inference:
-    """Attention of three tensors. Called, it does the work and returns what came of it."""
+    """Attention of three tensors. Called, it does the work and returns what came of it, for `keep`."""
+
+    sample: Tensor
 
     def __init__(self, job: Job, peer: Peer, attend: Attention) -> None:
         self.attend = attend
         self.query, self.key, self.value = _inputs(job)
-        self.rows, self.sample = reference.sampled_rows(job.shape.queries), None
+        self.rows = reference.sampled_rows(job.shape.queries)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         with torch.no_grad():
             return self.attend(self.query, self.key, self.value)
 
-    def small(self) -> Callable[[], object]:
+    def small(self: Self) -> Self:
         """The same work on the first few tokens."""
         small = copy.copy(self)
         small.query = _first(self.query, SMALL_QUERIES)
         small.key, small.value = (_first(tensor, SMALL_KEYS) for tensor in (self.key, self.value))
         return small
 
-    def keep(self, result: Tensor) -> None:
+    def keep(self, result: Any) -> None:
         """Keep the rows of a result that `errors` needs: few enough to be lost in its peak memory."""
         self.sample = reference.chosen_rows(result, self.rows)
 
@@ -75,11 +80,13 @@ class Inference:
 class Training(Inference):
     """Attention and its gradients."""
 
+    gradient_sample: Tensor
+
     def __init__(self, job: Job, peer: Peer, attend: Attention) -> None:
         super().__init__(job, peer, attend)
         self.grad = torch.randn_like(self.query)
 
-    def __call__(self) -> tuple[Tensor, ...]:
+    def __call__(self) -> tuple[Tensor | None, ...]:
         inputs = [tensor.requires_grad_() for tensor in (self.query, self.key, self.value)]
         output = self.attend(*inputs)
         output.backward(self.grad)  # autograd.grad() is refused by kernels that use torch's older checkpointing
@@ -88,19 +95,19 @@ class Training(Inference):
             tensor.grad = None
         return output.detach(), *gradients
 
-    def small(self) -> Callable[[], object]:
+    def small(self) -> Training:
         small = super().small()
         small.grad = _first(self.grad, SMALL_QUERIES)
         return small
 
-    def keep(self, result: tuple[Tensor, ...]) -> None:
+    def keep(self, result: Any) -> None:
         super().keep(result[0])
         self.gradient_sample = reference.chosen_rows(result[1], self.rows)
 
     def errors(self) -> tuple[float, float | None]:
         query, key, value = (tensor.detach() for tensor in (self.query, self.key, self.value))
         grad = reference.chosen_rows(self.grad, self.rows)
-        expected, gradient = reference.expected(query, key, value, self.rows, grad)
+        expected, gradient = reference.expected_with_gradient(query, key, value, self.rows, grad)
         return reference.largest_difference(self.sample, expected), reference.largest_difference(
             self.gradient_sample, gradient
         )
@@ -108,6 +115,8 @@ class Training(Inference):
 
 class Layer:
     """The whole forward of ldm's CrossAttention: this library's own, or with another attention written in."""
+
+    sample: Tensor
 
     def __init__(self, job: Job, peer: Peer, attend: Attention) -> None:
         shape, device, dtype = job.shape, torch.device(job.device), getattr(torch, job.dtype)
@@ -123,7 +132,7 @@ class Layer:
         self.context = None
         if shape.keys != shape.queries:
             self.context = torch.randn(shape.batch, shape.keys, context_width).to(device, dtype)
-        self.rows, self.sample = reference.sampled_rows(shape.queries), None
+        self.rows = reference.sampled_rows(shape.queries)
 
     def __call__(self) -> Tensor:
         with torch.no_grad():
@@ -131,7 +140,7 @@ class Layer:
                 return cross_attention(self.layer, self.x, self.context, settings=self.settings)
             return written_in(self.layer, self.x, self.context, self.attend)
 
-    def small(self) -> Callable[[], object]:
+    def small(self) -> Layer:
         small = copy.copy(self)
         small.x = self.x[:, :SMALL_QUERIES].clone()
         return small
@@ -147,7 +156,7 @@ class Layer:
         return reference.largest_difference(self.sample, expected), None
 
 
-def written_in(layer: nn.Module, x: Tensor, context: Tensor | None, attend: Attention) -> Tensor:
+def written_in(layer: CrossAttentionParts, x: Tensor, context: Tensor | None, attend: Attention) -> Tensor:
     """The forward of ldm's CrossAttention with another attention written in."""
     context = x if context is None else context
     query, key, value = (
@@ -157,7 +166,7 @@ def written_in(layer: nn.Module, x: Tensor, context: Tensor | None, attend: Atte
     return layer.to_out(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-def _cross_attention_class() -> type[nn.Module]:
+def _cross_attention_class() -> type[Any]:
     try:
         from ldm.modules.attention import CrossAttention
     except ImportError as error:
@@ -166,7 +175,7 @@ def _cross_attention_class() -> type[nn.Module]:
 
 
 Work = Inference | Layer
-WORK = {"attention": Inference, "training": Training, "layer": Layer}
+WORK: dict[str, type[Work]] = {"attention": Inference, "training": Training, "layer": Layer}
 
 
 def _inputs(job: Job) -> list[Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...console import UserError
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     return measuring.tell(args, found, lambda: draw_bench(found.results, title), text)
 
 
-def _shapes(args: argparse.Namespace, folder: Path) -> dict[Shape, str | None]:
+def _shapes(args: argparse.Namespace, folder: Path) -> Mapping[Shape, str | None]:
     """What to measure: shape -> a file of its tensors, None for random ones."""
     size = sizes.parse_size(args.size, sizes.STEP)
     if args.capture:

@@ -8,9 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...console import UserError
 from .arguments import argument
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -71,7 +75,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError("--plot needs matplotlib: pip install matplotlib") from error
 
 
-def save(arguments: argparse.Namespace, record: object, draw: Callable[[], object]) -> None:
+def save(arguments: argparse.Namespace, record: object, draw: Callable[[], Figure]) -> None:
     """Write what was measured, and the matplotlib figure that `draw` makes of it, where they were asked for.
 
     Raises:

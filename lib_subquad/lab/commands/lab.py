@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .. import tables
 from ..explain.question import Question
@@ -129,23 +130,23 @@ def _verified(exploration: Exploration, repeats: int) -> str:
         return "Nothing was compared with Automatic: there is nothing to measure again."
     if recommended is automatic:
         return "Automatic itself is recommended: there is nothing to compare."
-    again = exploration.measured_again((recommended.settings, automatic.settings), repeats)
-    if None in again:
-        gone = " and ".join(was.label for was, now in zip((recommended, automatic), again) if now is None)
+    again, beside = exploration.measured_again((recommended.settings, automatic.settings), repeats)
+    if again is None or beside is None:
+        measured = ((recommended, again), (automatic, beside))
+        gone = " and ".join(was.label for was, now in measured if now is None)
         return f"Measuring again ran out of memory with {gone}: there is nothing to compare."
-    recommended, automatic = again
     return (
-        f"Measured again, {repeats} times in turn: {recommended.seconds / automatic.seconds:.3f} of Automatic's time, "
-        f"peak {tables.memory(recommended.peak_bytes)} of {tables.memory(exploration.limit_bytes)} allowed"
+        f"Measured again, {repeats} times in turn: {again.seconds / beside.seconds:.3f} of Automatic's time, "
+        f"peak {tables.memory(again.peak_bytes)} of {tables.memory(exploration.limit_bytes)} allowed"
     )
 
 
-def _restart(bar, total: int):
+def _restart(bar: Any, total: int) -> Any:
     bar.reset(total=total)
     return bar
 
 
-def _as_json(asked: Question, exploration: Exploration) -> dict:
+def _as_json(asked: Question, exploration: Exploration) -> dict[str, Any]:
     front, recommended = exploration.pareto_front(), exploration.recommended()
     return {
         "family": asked.checkpoint.family,

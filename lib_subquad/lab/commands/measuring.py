@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import machine
 from ..bench.measure import Measurement, measure
@@ -20,6 +21,9 @@ from ..bench.work import Job
 from ..process import busy_programs
 from . import files
 from .arguments import DTYPES, argument, device, percent, positive
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _progress_bar(total: int) -> Iterator[Callable[[str | None], None]]:
         yield lambda what: bar.update() if what is None else bar.set_description(what)
 
 
-def tell(arguments: argparse.Namespace, found: Measured, draw: Callable[[], object], text: str) -> int:
+def tell(arguments: argparse.Namespace, found: Measured, draw: Callable[[], Figure], text: str) -> int:
     """Save and print it; the exit status of the command. Where that is no success, stderr says why."""
     try:  # files first: who reads only the first lines closes the pipe
         files.save(arguments, found.record, draw)

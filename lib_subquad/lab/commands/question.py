@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
     group = parser.add_argument_group("settings")
     for name, option in OPTIONS.items():
-        more: dict = {"default": option.default}
+        more: dict[str, Any] = {"default": option.default}
         if isinstance(option.default, bool):
             more = {"choices": ("on", "off"), "default": "on" if option.default else "off"}
         elif option.choices:

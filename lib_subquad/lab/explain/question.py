@@ -42,7 +42,7 @@ class Question:
     t5_tokens: int = T5_TOKENS
     model: bool = True
     vae: bool = True
-    free_bytes: int | None = None
+    free_bytes: int = None  # type: ignore[assignment]  # asked for before anybody sees it
 
     def __post_init__(self) -> None:
         checked = {name: sizes.side(name.title(), getattr(self, name)) for name in ("width", "height")}
@@ -80,7 +80,7 @@ class Question:
 
     def rows(self) -> list[Row]:
         """A row for every distinct shape among the layers, the costliest first."""
-        counted = Counter()
+        counted: Counter[tuple[str, str, Problem]] = Counter()
         for layer in self.layers:
             shapes = layer.shapes(self.width, self.height, self.batch, t5_tokens=self.t5_tokens)
             upcast = self.settings.upcast == "always"

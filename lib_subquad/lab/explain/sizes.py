@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ...console import UserError
 from ...settings import shown
@@ -25,7 +26,7 @@ def parse_size(text: str, step: int = 1, largest: int = LARGEST_SIDE) -> tuple[i
     return side("Width", int(match[1]), step, largest), side("Height", int(match[2] or match[1]), step, largest)
 
 
-def side(name: str, value: object, step: int = 1, largest: int = LARGEST_SIDE) -> int:
+def side(name: str, value: Any, step: int = 1, largest: int = LARGEST_SIDE) -> int:
     """One side of an image, in pixels, from what was typed or sent.
 
     Raises:
@@ -34,7 +35,7 @@ def side(name: str, value: object, step: int = 1, largest: int = LARGEST_SIDE) -
     return whole(name, value, SMALLEST_SIDE, largest, step)
 
 
-def whole(name: str, value: object, least: int, most: int, step: int = 1) -> int:
+def whole(name: str, value: Any, least: int, most: int, step: int = 1) -> int:
     """A whole number from a page's 512.0, a request's "512", or a number.
 
     Raises:
@@ -54,7 +55,8 @@ def whole(name: str, value: object, least: int, most: int, step: int = 1) -> int
 def in_proportion(width: int, height: int) -> list[tuple[int, int]]:
     """The sizes in about these proportions, both sides multiples of `STEP`, the smallest first."""
     longer = max(width, height)
-    return [
-        tuple(max(STEP, round(side * length / longer / STEP) * STEP) for length in (width, height))
-        for side in range(STEP, LARGEST_SIDE + 1, STEP)
-    ]
+
+    def scaled(length: int, side: int) -> int:
+        return max(STEP, round(side * length / longer / STEP) * STEP)
+
+    return [(scaled(width, side), scaled(height, side)) for side in range(STEP, LARGEST_SIDE + 1, STEP)]

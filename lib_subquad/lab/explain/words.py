@@ -20,7 +20,8 @@ LOOKS = {
 def layers_in_words(rows: Sequence[Row], kinds: bool = False) -> str:
     """How many attention layers there are and where, such as "32 attention layers in the U-Net, 2 in the VAE"; with
     `kinds` also what looks at what in those of the U-Net or transformer."""
-    vae, model = Counter(), Counter()
+    vae: Counter[str] = Counter()
+    model: Counter[str] = Counter()
     for row in rows:
         (vae if row.is_vae else model)[row.kind] += row.layers
     told = []

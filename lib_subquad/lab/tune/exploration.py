@@ -110,7 +110,9 @@ class Exploration:
         """The settings of which repeats do not tell whether they are faster than the recommended one: once complete,
         because the machine was too busy."""
         best = self.recommended()
-        others = [trial for trial in self.trials if best and trial.fits and trial is not best]
+        if best is None:
+            return []
+        others = [trial for trial in self.trials if trial.fits and trial is not best]
         return [trial for trial in others if trial.faster_than(best) is None]
 
     def remarks(self, trial: Trial) -> list[str]:
@@ -130,8 +132,11 @@ class Exploration:
     def _unclear(self) -> bool:
         """Whether more rounds may tell more: which is the fastest, or whether it is faster than the present setting."""
         best, today = self.recommended(), self.today()
-        beside = best and today and today.rounds and today is not best
-        return bool(self.undecided() or (beside and best.faster_than(today) is None))
+        if self.undecided():
+            return True
+        if best is None or today is None or not today.rounds or today is best:
+            return False
+        return best.faster_than(today) is None
 
     def pareto_front(self) -> list[Trial]:
         """Of the trials that were compared, those that no other beats in both time and memory, the fastest first."""
@@ -158,7 +163,7 @@ class Exploration:
         """Automatic, the present setting, and others of which no two come to the same calls."""
 
         found = list(candidates(self.rows, self.settings))
-        distinct = {}
+        distinct: dict[tuple[Key, ...], Settings] = {}
         for settings in found:
             distinct.setdefault(tuple(key_of(*call) for call in self._calls(settings)), settings)
         return list(dict.fromkeys([*found[:2], *distinct.values()]))
@@ -245,7 +250,7 @@ class Exploration:
 
     def _distinct(self, candidates: Iterable[Settings]) -> list[Call]:
         """The distinct calls that the candidates come to, the first one's first."""
-        calls = {}
+        calls: dict[Key, Call] = {}
         for settings in candidates:
             for call in self._calls(settings):
                 calls.setdefault(key_of(*call), call)
@@ -278,7 +283,7 @@ class Exploration:
     def _trial(self, settings: Settings) -> Trial | None:
         """What its measurements come to; None where some are missing, or it ran out of memory."""
         calls = self._calls(settings)
-        runs = [self._measured.get(key_of(*call)) for call in calls]
+        runs = [self._measured.get(key_of(*call), []) for call in calls]
         if not all(runs) or any(map(ran_out, runs)):
             return None
         first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ... import device as devices
 from .exploration import Exploration
 from .trials import Trial
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIZE_INCHES = (8, 4.8)
 
 
-def draw(exploration: Exploration):
+def draw(exploration: Exploration) -> Figure:
     """A matplotlib figure of an exploration: every setting that was compared a point, the Pareto front a line, today's
     setting, the recommended one and the memory limit labelled; what was only tried once is paler, as it was measured
     otherwise."""
@@ -20,22 +25,24 @@ def draw(exploration: Exploration):
     axes = figure.add_subplot()
     compared = [trial for trial in exploration.trials if trial.rounds]
     once = [trial for trial in (*exploration.trials, *exploration.tried) if not trial.rounds]
+    styles: tuple[dict[str, Any], ...] = ({"s": 28, "color": "#9aa5b1"}, {"s": 16, "color": "#d5dae0"})
     for trials, words, how in (
-        (compared, f"measured in {exploration.rounds} rounds", {"s": 28, "color": "#9aa5b1"}),
-        (once, "tried once", {"s": 16, "color": "#d5dae0"}),
+        (compared, f"measured in {exploration.rounds} rounds", styles[0]),
+        (once, "tried once", styles[1]),
     ):
         if trials:
             axes.scatter(*_points(trials), label=words, zorder=2, **how)
     front = exploration.pareto_front()
     if front:
         axes.plot(*_points(front), "o-", color="#2563eb", label="nothing else is both faster and smaller", zorder=3)
-    for words, trial, marker in (
-        ("today", exploration.today(), {"marker": "s", "s": 150, "edgecolors": "#b45309"}),
-        ("recommended", exploration.recommended(), {"marker": "o", "s": 220, "edgecolors": "#15803d"}),
+    for words, trial, marker, size, color in (
+        ("today", exploration.today(), "s", 150, "#b45309"),
+        ("recommended", exploration.recommended(), "o", 220, "#15803d"),
     ):
         if trial is not None:
             label = f"{words}: {trial.label}"
-            axes.scatter(*_points([trial]), facecolors="none", linewidths=2.5, label=label, zorder=4, **marker)
+            how = {"marker": marker, "s": size, "edgecolors": color, "facecolors": "none"}
+            axes.scatter(*_points([trial]), linewidths=2.5, label=label, zorder=4, **how)
     limit = exploration.limit_bytes / devices.MIB
     highest = max((trial.peak_bytes for trial in (*compared, *once)), default=0) / devices.MIB
     if limit <= highest * 2:

@@ -11,10 +11,11 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...settings import Settings
 
-AUTOMATIC = {"query_chunk": 0, "kv_chunk": 0, "engine": "automatic"}
+AUTOMATIC: dict[str, Any] = {"query_chunk": 0, "kv_chunk": 0, "engine": "automatic"}
 TUNED = tuple(AUTOMATIC)  # the fields that a recommendation sets
 
 # A setting is worth changing to if it takes less than this share of the other's time, and worth more rounds of
