@@ -83,3 +83,9 @@ def test_what_it_says_of_itself(wheel):
 def test_a_program_elsewhere_imports_it_and_calls_it(installed, tmp_path):
     where = Path(run([installed, "-c", ONE_CALL], tmp_path).strip())
     assert installed.parents[1] in where.parents
+
+
+def test_a_report_of_it(installed, tmp_path):
+    report = run([installed, "-m", "lib_subquad", "report", "--device", "cpu"], tmp_path)
+    assert f"| subquad             | {lib_subquad.__version__} " in report and "### Small calls, checked" in report
+    assert str(installed.parents[1]) not in report and str(tmp_path) not in report
