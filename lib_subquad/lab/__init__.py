@@ -1,2 +1,2 @@
-"""The Attention Lab: `explain` plans, `tune` measures settings, `bench` measures ways to compute attention; `commands`
-is the command line to all three."""
+"""The Attention Lab: `explain` plans, `tune` measures settings, `bench` measures ways to compute attention, `survey`
+looks at the device; `commands` is the command line to all four."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import subprocess
+import sys
 
 import torch
 
@@ -25,7 +27,9 @@ def device_name(device: str) -> str:
     kind = torch.device(device).type
     if kind in ("cuda", "xpu"):
         return getattr(torch, kind).get_device_name(device)
-    return _processor() if kind == "cpu" else kind
+    if kind == "privateuseone" and "torch_directml" in sys.modules:
+        return sys.modules["torch_directml"].device_name(torch.device(device).index or 0).rstrip("\0 ")
+    return _processor() if kind in ("cpu", "mps") else kind  # Apple's are one chip
 
 
 def _processor() -> str:
@@ -33,6 +37,9 @@ def _processor() -> str:
         for line in lines:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS, whose platform.processor() is "arm"
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return platform.processor() or platform.machine()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -52,3 +54,23 @@ def device(text: str) -> str:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{text!r} is no device of this torch: {first}") from error
     return text
+
+
+def best_device() -> torch.device:
+    """The accelerator that this computer has, else its processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    with contextlib.suppress(Exception):  # Intel's own package gives older torch its "xpu"; it may be broken
+        if not _has_xpu():
+            importlib.import_module("intel_extension_for_pytorch")
+    if _has_xpu():
+        return torch.device("xpu")
+    with contextlib.suppress(Exception):
+        return importlib.import_module("torch_directml").device()
+    return torch.device("cpu")
+
+
+def _has_xpu() -> bool:
+    return hasattr(torch, "xpu") and torch.xpu.is_available()

@@ -14,7 +14,7 @@ from ...console import UserError
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
 from ..explain.sizes import parse_size
-from .arguments import DTYPES, argument, positive
+from .arguments import DTYPES, argument, best_device, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,16 +80,6 @@ def read(arguments: argparse.Namespace) -> Question:
     if not question.layers:
         raise UserError("the file holds a VAE and no U-Net, and with --vae off the VAE is left out")
     return question
-
-
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    for name in ("xpu", "mps"):
-        backend = getattr(torch, name, None)
-        if backend is not None and getattr(backend, "is_available", lambda: False)():
-            return torch.device(name)
-    return torch.device("cpu")
 
 
 def _whole(option: Option) -> Callable[[str], object]:
