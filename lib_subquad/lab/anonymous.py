@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import os
 import platform
@@ -44,8 +45,12 @@ def _told(ask: Callable[[], Iterator[Callable[[], str]]]) -> set[str]:
 
 def _places() -> Iterator[Callable[[], str]]:
     for place in (Path.home, Path.cwd, tempfile.gettempdir, lambda: sys.prefix, lambda: Path(__file__).parents[2]):
-        yield lambda place=place: str(place())
-        yield lambda place=place: Path(place()).as_posix()
+        yield functools.partial(_written, place, str)
+        yield functools.partial(_written, place, Path.as_posix)
+
+
+def _written(place: Callable[[], str | Path], how: Callable[[Path], str]) -> str:
+    return how(Path(place()))
 
 
 def _names() -> Iterator[Callable[[], str]]:
@@ -54,4 +59,4 @@ def _names() -> Iterator[Callable[[], str]]:
     yield platform.node
     yield lambda: platform.node().partition(".")[0]
     for variable in ("USER", "LOGNAME", "USERNAME", "HOSTNAME", "COMPUTERNAME"):
-        yield lambda variable=variable: os.environ[variable]
+        yield functools.partial(os.environ.__getitem__, variable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -79,10 +80,14 @@ def rows(device: torch.device, telling: Callable[[str], None]) -> Iterator[dict[
             try:
                 outcomes = check(shape, masked, dtype, device)
             except Exception as error:  # the device has no such dtype, or no room for the tensors
-                outcomes = [Outcome("all", pytorch.OWN, note=words(error))]
+                outcomes = [Outcome("all", _nothing, note=words(error))]
             pytorchs = outcomes[0].median
             for outcome in outcomes:
                 yield _cells(what, outcome, pytorchs)
+
+
+def _nothing() -> Tensor:
+    raise Unable("there are no tensors")
 
 
 def _cells(what: str, outcome: Outcome, pytorchs: float | None) -> dict[str, str]:
@@ -110,18 +115,20 @@ def check(shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device) 
     with torch.no_grad():
         for outcome in outcomes:
             if not outcome.note:
-                _guarded(outcome, device, lambda outcome=outcome: _first_calls(outcome, device, expected, dtype))
+                _guarded(outcome, device, functools.partial(_first_calls, outcome, device, expected, dtype))
         _rounds(outcomes, device)
     return outcomes
 
 
-def tensors(shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def tensors(
+    shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """query, key, value [batch, heads, tokens, width] and a bool mask [1, 1, 1, keys], or None for it."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(shape.batch, shape.heads, tokens, shape.width) for tokens in (shape.queries, shape.keys, shape.keys)]
-    made = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    query, key, value = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
     seen = torch.rand(1, 1, 1, shape.keys, generator=generator) < 0.7
-    return *made, seen.to(device) if masked else None
+    return query, key, value, seen.to(device) if masked else None
 
 
 def _expected(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -151,7 +158,7 @@ def _first_calls(outcome: Outcome, device: torch.device, expected: Tensor, dtype
     outcome.attend()
     meter.give_back_freed_memory()
     kept: list[Tensor] = []
-    seconds, outcome.peak_bytes = meter.measure(lambda: kept.append(outcome.attend()) or kept[0], device)
+    seconds, outcome.peak_bytes = meter.measure(lambda: kept.append(outcome.attend()), device)
     rows = reference.sampled_rows(kept[0].shape[2])
     outcome.error = reference.largest_difference(reference.chosen_rows(kept[0], rows), expected)
     if not outcome.error <= ALLOWED[dtype]:  # NaN is not either
@@ -167,24 +174,25 @@ def _rounds(outcomes: list[Outcome], device: torch.device) -> None:
     while rounds < FEWEST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - start < TIMED_SECONDS):
         for outcome in outcomes:
             if outcome.first_seconds <= LONG_SECONDS:
-                _guarded(outcome, device, lambda outcome=outcome: outcome.seconds.append(_seconds(outcome, device)))
+                _guarded(outcome, device, functools.partial(_time, outcome, device))
         rounds += 1
 
 
-def _seconds(outcome: Outcome, device: torch.device) -> float:
+def _time(outcome: Outcome, device: torch.device) -> None:
     calls = min(MOST_CALLS, max(1, math.ceil(SHORT_SECONDS / max(outcome.first_seconds, 1e-6))))
     meter.synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         outcome.attend()
     meter.synchronize(device)
-    return (time.perf_counter() - start) / calls
+    outcome.seconds.append((time.perf_counter() - start) / calls)
 
 
 def _guarded(outcome: Outcome, device: torch.device, work: Callable[[], object]) -> None:
     """An engine may fail in any way: that is its outcome, and it is asked no more."""
     try:
-        return work()
+        work()
+        return
     except Unable as error:
         outcome.note = anonymous(str(error))
     except Exception as error:

@@ -52,8 +52,11 @@ def label(shape: Shape, masked: bool) -> str:
 def problem_of(shape: Shape, device: torch.device, dtype: torch.dtype, masked: bool = False) -> Problem:
     """A mask is a bool for each key, as for the padding of a prompt."""
     query, keys = ((shape.batch, shape.heads, tokens, shape.width) for tokens in (shape.queries, shape.keys))
-    mask = {"mask_shape": (1, 1, 1, shape.keys), "mask_dtype": torch.bool} if masked else {}
-    return Problem.from_shapes(query, keys, keys, dtype, device, **mask)
+    if not masked:
+        return Problem.from_shapes(query, keys, keys, dtype, device)
+    return Problem.from_shapes(
+        query, keys, keys, dtype, device, mask_shape=(1, 1, 1, shape.keys), mask_dtype=torch.bool
+    )
 
 
 def answer(engine: Engine, problem: Problem) -> tuple[str, str]:
