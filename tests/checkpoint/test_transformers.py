@@ -162,6 +162,8 @@ def test_a_block_is_missing(name, gone, says):
     [
         ("flux_dev", {"double_blocks.3.img_attn.qkv.bias": [9215]}, "double_blocks.3 is not as wide"),
         ("flux_dev", {"single_blocks.3.linear1.bias": [9000]}, "single_blocks.3 is not as wide"),
+        ("sd3_medium", {"x_embedder.proj.weight": [1536, 16, 4, 1]}, "square patches"),
+        ("sd3_medium", {"x_embedder.proj.weight": [2, 2, 16, 1536]}, "square patches"),
         ("flux_dev", {"img_in.bias": [3073]}, "do not divide into heads"),
         ("flux_dev", {"double_blocks.0.img_attn.norm.query_norm.scale": []}, "impossible shape"),
         ("sd3_medium", {"joint_blocks.3.x_block.attn.qkv.bias": [1536]}, "joint_blocks.3 is not as wide"),
@@ -172,6 +174,11 @@ def test_a_block_is_missing(name, gone, says):
 def test_shapes_that_contradict_each_other(name, change, says):
     with pytest.raises(CheckpointError, match=says):
         from_shapes(alone(name) | change)
+
+
+def test_the_heads_of_an_unknown_size_are_told_in_a_sentence():
+    checkpoint = from_shapes(mmdit(blocks=18, width=1152))
+    assert "Heads: 64 channels wide, as Stable Diffusion 3 has them." in checkpoint.notes
 
 
 def test_the_caller_knows_better_how_many_heads():

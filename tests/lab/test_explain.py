@@ -217,6 +217,17 @@ def test_every_family_is_told_as_what_it_is(family, words):
 def test_sizes_go_in_the_models_own_steps():
     asked = question(from_shapes(public_models.tensors("sd3_medium")), 1000, 1024)
     assert asked.notes[-1] == "Sizes go in steps of 16 pixels: 1000 x 1024 is computed as 992 x 1024."
+    as_told = question(asked.checkpoint, 992, 1024)
+    assert [row.problem for row in asked.rows()] == [row.problem for row in as_told.rows()]  # the VAE's too
+
+
+@pytest.mark.parametrize(
+    ("family", "most"), [("sd3_medium", 3072), ("sd35_medium", 6144), ("sd35_large", 3072), ("flux_dev", None)]
+)
+def test_no_image_is_named_that_the_model_has_no_positions_for(family, most):
+    asked = question(from_shapes(public_models.tensors(family)), 512, 1024, free=2**60)
+    assert asked.largest_image() == ((most or LARGEST_SIDE) // 2, most or LARGEST_SIDE)
+    assert any(f"no image with a side over {most} pixels" in note for note in asked.notes) == bool(most)
 
 
 def test_a_joint_layer_is_told_as_one():

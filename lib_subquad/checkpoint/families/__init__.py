@@ -19,6 +19,7 @@ are by `others.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from ..heads import Heads
@@ -64,4 +65,4 @@ def describe(tensors: Tensors, heads: Heads | None) -> Checkpoint:
     prefix, family = found[known[0][1]]
     model = family.read(tensors.under(prefix), heads, latent_factor)
     notes = (*model.notes, *vae_notes, *([] if vae_layers else [NO_VAE]))
-    return Checkpoint(model.family, model.layers + vae_layers, notes)
+    return replace(model, layers=model.layers + vae_layers, notes=notes)

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: a transformer whose every block looks at image and prompt in one sequence (MMDiT).
 
     x_embedder.proj.bias                       [1536]   its width; a token is a patch of 2 × 2 latent pixels
+    pos_embed                       [1, 36864, 1536]   a position for each of 192 × 192 tokens: no image has more
     joint_blocks.7.x_block.attn.qkv.bias       [4608]   queries, keys and values of the image's tokens
     joint_blocks.7.context_block.attn.qkv.bias [4608]   the same of the prompt's; in the last block too
     joint_blocks.7.x_block.attn2.qkv.bias      [4608]   SD 3.5 medium: the image looks at itself as well, next
@@ -10,6 +11,8 @@ files pack their weights and leave biases as they are.
 """
 
 from __future__ import annotations
+
+import math
 
 from ..heads import Heads
 from ..layers import PROMPT_TOKENS, AttentionLayer, Checkpoint, CheckpointError
@@ -32,7 +35,9 @@ def prefixes(tensors: Tensors) -> list[str]:
 
 def read(mmdit: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
     (width,) = mmdit.shape("x_embedder.proj.bias", dimensions=(1,))
-    *_, patch = mmdit.shape("x_embedder.proj.weight", dimensions=(4,))
+    out, _, patch, other = mmdit.shape("x_embedder.proj.weight", dimensions=(4,))
+    if out != width or patch != other:
+        raise CheckpointError(f"{mmdit.prefix}x_embedder.proj makes no tokens {width} channels wide of square patches")
     blocks = mmdit.count("joint_blocks")
     attention = []
     for block in (f"joint_blocks.{number}" for number in range(blocks)):
@@ -43,7 +48,8 @@ def read(mmdit: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
             attention.append((f"{block}.x_block.attn2", "self"))
 
     family = MODELS.get((width, blocks, len(attention) > blocks), UNKNOWN)
-    rule = heads or Heads(width=64, source=f"as {family} has them")
+    whose = "Stable Diffusion 3" if family == UNKNOWN else family
+    rule = heads or Heads(width=64, source=f"as {whose} has them")
     layers = []
     for path, kind in attention:
         name = mmdit.prefix + path
@@ -64,4 +70,8 @@ def read(mmdit: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
     notes = [f"Heads: {rule}."]
     if family == UNKNOWN:
         notes.append(f"{blocks} blocks {width} channels wide: none of the models known here.")
-    return Checkpoint(family, tuple(layers), tuple(notes))
+    largest = None
+    if "pos_embed" in mmdit:
+        positions = math.isqrt(mmdit.shape("pos_embed", dimensions=(3,))[1])
+        largest = positions * patch * latent_factor
+    return Checkpoint(family, tuple(layers), tuple(notes), largest)

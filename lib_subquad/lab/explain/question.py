@@ -60,7 +60,7 @@ class Question:
     @property
     def notes(self) -> tuple[str, ...]:
         """The checkpoint's, and a sentence where the prompt's or the image's size may not be as asked for."""
-        return (*self.checkpoint.notes, *self._prompt_note(), *self._size_note())
+        return (*self.checkpoint.notes, *self._prompt_note(), *self._side_note(), *self._size_note())
 
     def _prompt_note(self) -> list[str]:
         """How many tokens of the prompt stand in one sequence with the image's: of their number plans depend."""
@@ -71,18 +71,32 @@ class Question:
         return [f"The prompt is counted as {clip}{self.t5_tokens} tokens of T5; a longer one has more."]
 
     def _size_note(self) -> list[str]:
-        step = max((layer.size_step for layer in self.checkpoint.layers), default=1)
-        width, height = (side - side % step for side in (self.width, self.height))
+        step, (width, height) = self._step, self._computed_size
         if (width, height) == (self.width, self.height):
             return []
         asked = f"{self.width} x {self.height}"
         return [f"Sizes go in steps of {step} pixels: {asked} is computed as {width} x {height}."]
 
+    def _side_note(self) -> list[str]:
+        most = self.checkpoint.largest_side
+        if most is None:
+            return []
+        return [f"This model makes no image with a side over {most} pixels, however much memory there is."]
+
+    @property
+    def _step(self) -> int:
+        """Sides of an image that all of the model sees whole, the VAE too, are multiples of so many pixels."""
+        return max((layer.size_step for layer in self.checkpoint.layers), default=1)
+
+    @property
+    def _computed_size(self) -> tuple[int, int]:
+        return self.width - self.width % self._step, self.height - self.height % self._step
+
     def rows(self) -> list[Row]:
         """A row for every distinct shape among the layers, the costliest first."""
         counted: Counter[tuple[str, str, Problem]] = Counter()
         for layer in self.layers:
-            shapes = layer.shapes(self.width, self.height, self.batch, t5_tokens=self.t5_tokens)
+            shapes = layer.shapes(*self._computed_size, self.batch, t5_tokens=self.t5_tokens)
             upcast = self.settings.upcast == "always"
             problem = Problem.from_shapes(*shapes, self.dtype, self.device, upcast=upcast)
             counted[layer.part, layer.kind, problem] += 1
@@ -95,10 +109,11 @@ class Question:
     def largest_image(self) -> tuple[int, int] | None:
         """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
 
-        Multiples of `sizes.STEP`, at most `sizes.LARGEST_SIDE`. What the model needs beside attention is not known
-        here.
+        Multiples of `sizes.STEP`, at most `sizes.LARGEST_SIDE` and the model's own largest side. What the model needs
+        beside attention is not known here.
         """
-        candidates = sizes.in_proportion(self.width, self.height)
+        most = self.checkpoint.largest_side or sizes.LARGEST_SIDE
+        candidates = [size for size in sizes.in_proportion(self.width, self.height) if max(size) <= most]
         low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
         while low < high:
             middle = (low + high) // 2
