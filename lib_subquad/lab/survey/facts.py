@@ -96,8 +96,9 @@ def _memory(device: torch.device) -> str:
 
 def _driver(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.hip:
-        with open("/sys/module/amdgpu/version") as file:  # of AMD's own; the one in Linux has the version of Linux
+        with contextlib.suppress(OSError), open("/sys/module/amdgpu/version") as file:  # AMD's own has one
             return f"amdgpu {file.read().strip()}"
+        return ""
     if device.type == "cuda":
         return f"NVIDIA {_first_line('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')}"
     if device.type == "xpu":
