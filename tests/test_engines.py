@@ -121,6 +121,15 @@ def test_its_gradients_are_pytorchs(plain):
     assert made.engine == "plain" and output.grad_fn is not None
 
 
+def test_no_queries_are_no_work_for_it(plain):
+    """Nobody would call it, and what nobody makes has no gradients of PyTorch's."""
+    query, key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (0, 5, 5))
+    plans = []
+    attention(query, key, value, report=plans.append).sum().backward()
+    assert plans[0].engine != "plain" and "there are no queries" in plans[0].reasons
+    assert not plain.calls and query.grad.shape == query.shape and not key.grad.any() and not value.grad.any()
+
+
 class Recomputing(Plain):
     """One whose gradients are recomputed, by the engine that comes last; it says no as often as it is told to."""
 
