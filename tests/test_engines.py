@@ -183,11 +183,12 @@ def test_gradients_of_one_that_gives_way_to_one_whose_gradients_are_pytorchs(ref
 
 def test_every_reason_of_every_engine_that_was_passed_over_is_told(plain, monkeypatch):
     plain.refuses = ["it is a Tuesday", "it does not feel like it"]
-    first = order.engines()[1]
-    monkeypatch.setattr(first, "why_not", lambda problem: ["the moon is full"])
+    between = order.engines()[1:-1]
+    for engine in between:
+        monkeypatch.setattr(engine, "why_not", lambda problem: ["the moon is full"])
     made, _ = computed()
     assert made.engine == order.names()[-1]
-    assert made.reasons == ("it is a Tuesday", "it does not feel like it", "the moon is full")
+    assert made.reasons == ("it is a Tuesday", "it does not feel like it", *["the moon is full"] * len(between))
 
 
 def test_the_last_one_takes_what_none_can(monkeypatch):
