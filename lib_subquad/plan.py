@@ -147,7 +147,9 @@ def why_not(engine: Engine, problem: Problem, settings: Settings) -> list[str]:
     """Every reason why this engine cannot do the problem as the user wants it; empty if it can."""
     splits = 0 < settings.kv_chunk < problem.keys and not engine.SPLITS_KEYS
     by_the_user = [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"] if splits else []
-    return by_the_user or engine.why_not(problem) or refusals.of(problem, engine.NAME)
+    # Whoever is not called makes no node of PyTorch's graph, and so no gradients either.
+    empty = ["there are no queries"] if engine.DIFFERENTIABLE and not problem.queries else []
+    return by_the_user or empty or engine.why_not(problem) or refusals.of(problem, engine.NAME)
 
 
 def _of(engine: Engine, problem: Problem, settings: Settings, limit: int) -> Plan:

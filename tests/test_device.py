@@ -74,7 +74,7 @@ def call(personality, dtype=torch.float32, grad=False, mask=None, **settings):
 @pytest.mark.parametrize("settings", [{}, {"query_chunk": 16}, {"kv_chunk": 64}, HUGE_CHUNKS], ids=str)
 @pytest.mark.parametrize("kind", FORBIDDEN)
 def test_a_device_is_never_asked_for_what_it_forbids(kind, settings, pretend):
-    settings = {"engine": "portable" if kind == "xpu" else "fused", **settings}
+    settings = {"engine": "fused" if FORBIDDEN[kind].fused else "portable", **settings}
     for mask in masks().values():
         for dtype in (torch.float32, torch.float16):
             assert not call(pretend(kind), dtype, mask=mask, **settings)

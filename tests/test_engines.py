@@ -121,6 +121,15 @@ def test_its_gradients_are_pytorchs(plain):
     assert made.engine == "plain" and output.grad_fn is not None
 
 
+def test_no_queries_are_no_work_for_it(plain):
+    """Nobody would call it, and what nobody makes has no gradients of PyTorch's."""
+    query, key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for tokens in (0, 5, 5))
+    plans = []
+    attention(query, key, value, report=plans.append).sum().backward()
+    assert plans[0].engine != "plain" and "there are no queries" in plans[0].reasons
+    assert not plain.calls and query.grad.shape == query.shape and not key.grad.any() and not value.grad.any()
+
+
 class Recomputing(Plain):
     """One whose gradients are recomputed, by the engine that comes last; it says no as often as it is told to."""
 
@@ -174,11 +183,12 @@ def test_gradients_of_one_that_gives_way_to_one_whose_gradients_are_pytorchs(ref
 
 def test_every_reason_of_every_engine_that_was_passed_over_is_told(plain, monkeypatch):
     plain.refuses = ["it is a Tuesday", "it does not feel like it"]
-    first = order.engines()[1]
-    monkeypatch.setattr(first, "why_not", lambda problem: ["the moon is full"])
+    between = order.engines()[1:-1]
+    for engine in between:
+        monkeypatch.setattr(engine, "why_not", lambda problem: ["the moon is full"])
     made, _ = computed()
     assert made.engine == order.names()[-1]
-    assert made.reasons == ("it is a Tuesday", "it does not feel like it", "the moon is full")
+    assert made.reasons == ("it is a Tuesday", "it does not feel like it", *["the moon is full"] * len(between))
 
 
 def test_the_last_one_takes_what_none_can(monkeypatch):

@@ -12,9 +12,9 @@ RESULTS = {"Unsupported", "Failed"}
 
 
 def classes() -> dict[str, list[tuple[str, list[str]]]]:
-    """name -> (file, names of the classes it is made of) of every class of the library and the demo."""
+    """name -> (file, names of the classes it is made of) of every class of the library, the demo and the tools."""
     found = defaultdict(list)
-    for path in sorted(path for folder in ("lib_subquad", "demo") for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(path for folder in ("lib_subquad", "demo", "tools") for path in (ROOT / folder).rglob("*.py")):
         file = path.relative_to(ROOT).as_posix()
         if not file.startswith("demo/modules/"):  # which play the host, under its names
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -34,3 +34,13 @@ def test_what_the_user_can_put_right_is_a_user_error():
         if name not in RESULTS and any(base.endswith(("Error", "Exception")) for base in bases)
     }
     assert errors == {"UserError": ["ValueError"], "CheckpointError": ["UserError"]}
+
+
+def test_programs_are_no_tests():
+    """What is run as `python -m` stands in tools/ or the demo, where a test run does not look for it."""
+    programs = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("*.py")
+        if any(ast.unparse(node).startswith("if __name__ ==") for node in ast.parse(path.read_text("utf-8")).body)
+    ]
+    assert programs == []

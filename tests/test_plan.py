@@ -51,15 +51,26 @@ def on(monkeypatch):
     return become
 
 
+@pytest.fixture
+def the_two():
+    """Only the engines that these tests name: what they say of reasons holds whatever others there are."""
+    before = order.engines()
+    order._change(tuple(engine for engine in before if engine.NAME in ("fused", "portable")))
+    yield
+    order._change(before)
+
+
 # ---------------------------------------------------------------------------------------------------------- engines
 
 
+@pytest.mark.usefixtures("the_two")
 def test_automatic_takes_the_fused_kernel_and_all_keys():
     made = plan_sd15()
     assert made.engine == "fused" and made.sizes == (4096, 4096, 8)
     assert made.reasons == ("PyTorch has a fused kernel for these sizes",)
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize("engine", ["automatic", "fused"])
 def test_a_key_slider_that_splits_means_portable_and_the_plan_says_so(engine):
     made = plan_sd15(Settings(kv_chunk=4095, engine=engine))
@@ -74,6 +85,7 @@ def test_portable_because_the_user_says_so():
     assert made.engine == "portable" and made.reasons == ("the engine is set to portable",)
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize("engine", ["automatic", "fused"])
 def test_no_fused_kernel_no_fused_engine(engine):
     made = plan_sd15(Settings(engine=engine), (*SD15[:2], (2, 8, 4096, 41)))
@@ -85,6 +97,7 @@ def test_no_fused_kernel_no_fused_engine(engine):
     )
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
@@ -100,6 +113,7 @@ def test_nothing_is_no_work_for_a_fused_kernel(shape, reason):
     assert made.engine == "portable" and reason in made.reasons
 
 
+@pytest.mark.usefixtures("the_two")
 def test_a_torch_that_does_not_tell_its_kernel(monkeypatch):
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     fused._kernel_reasons.cache_clear()
@@ -113,6 +127,7 @@ def test_a_torch_without_scale(monkeypatch):
     assert "has no scale argument before 2.1" in plan_sd15().reasons[0]
 
 
+@pytest.mark.usefixtures("the_two")
 def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
     monkeypatch.setattr(fused, "MASKS_ARE_RIGHT", False)
     made = plan_sd15(mask_shape=(1, 4096), mask_dtype=torch.bool)
@@ -120,6 +135,7 @@ def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
     assert plan_sd15().engine == "fused"
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize(
     "kind, words",
     [
@@ -139,6 +155,7 @@ def test_devices_without_a_fused_engine(on, kind, words):
 # ------------------------------------------------------------------------------------------------- sliders and limits
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize("kind", devices.RULES)
 def test_sliders_are_honoured_exactly(on, kind):
     on(kind)

@@ -19,8 +19,7 @@ from lib_subquad.lab import machine
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     ROOT / "install.py",
-    *(ROOT / "tests" / name for name in ("images.py", "soak.py")),
-    *(path for folder in ("lib_subquad", "scripts", "demo") for path in sorted((ROOT / folder).rglob("*.py"))),
+    *(path for folder in ("lib_subquad", "scripts", "demo", "tools") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
 
 # By the "Availability" lines of Python's documentation: what Windows lacks, or macOS, or everything but Windows.

@@ -47,8 +47,6 @@ def why_not(problem: Problem) -> list[str]:
         return reasons
     if problem.mask_grad:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
-    if not problem.queries:
-        reasons.append("there are no queries")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
         reasons.append("there are no heads")
     if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib_subquad.engines import order
+
 
 @pytest.fixture
 def plot(subquad):
@@ -60,7 +62,7 @@ def test_a_value_out_of_range_is_refused_in_words(plot, label, value):
 
 
 def test_the_engines_to_choose_from(plot):
-    assert plot[0]["[Subquad] Engine"].choices() == ["automatic", "fused", "portable"]
+    assert plot[0]["[Subquad] Engine"].choices() == ["automatic", *order.names()]
 
 
 def test_without_the_plot_script(subquad):

@@ -154,8 +154,8 @@ def test_a_preview_decodes_on_another_thread_meanwhile(model):
 
 
 def test_a_short_soak(host):
-    """`python -m tests.soak` in little; the whole of it makes a thousand images."""
-    from tests import soak
+    """`python -m tools.soak` in little; the whole of it makes a thousand images."""
+    from tools import soak
 
     report = soak.soak(soak.DemoHost(), iter(range(10)), side=64)
     assert report.failures == []

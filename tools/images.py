@@ -1,6 +1,6 @@
 """How long whole images take on a running web UI, and how much memory, with each attention optimization in turn.
 
-python -m tests.images --url http://127.0.0.1:7860 --pid PID --size 512 --steps 4
+python -m tools.images --url http://127.0.0.1:7860 --pid PID --size 512 --steps 4
 
 Rounds of all optimizations alternate; medians are shown, ratios are medians of each round's own. Memory is the most
 that was resident during an image beyond what was before it (Linux only); glibc reuses blocks as it likes, and gives
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib_subquad.lab import tables
-from tests.soak import Request, WebUI
+from tools.soak import Request, WebUI
 
 AGAINST = "sdp"
 
@@ -82,7 +82,7 @@ def _ratio(one: Entry, other: Entry) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("tests.images", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("tools.images", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--url", required=True, help="of a running web UI, started with --api")
     parser.add_argument("--pid", type=int, required=True, help="of its process")
     parser.add_argument("--size", type=int, default=512, help="side of the image (default: 512)")

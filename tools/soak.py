@@ -1,7 +1,7 @@
 """A soak: random images while another thread changes settings, each compared with the one made without subquad.
 
-python -m tests.soak --images 1000                        on the demo host
-python -m tests.soak --url http://127.0.0.1:7860 --minutes 15 --pid PID    on a running web UI (--api)
+python -m tools.soak --images 1000                        on the demo host
+python -m tools.soak --url http://127.0.0.1:7860 --minutes 15 --pid PID    on a running web UI (--api)
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _for_minutes(minutes: float) -> Iterator[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("tests.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("tools.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="how many to make on the demo host (default: 1000)")
     parser.add_argument("--url", help="of a running web UI (default: the demo host)")
     parser.add_argument("--minutes", type=float, default=15, help="how long to drive the web UI (default: 15)")
