@@ -12,6 +12,7 @@ from .hosts import host
 from .hosts.base import UNET, VAE
 
 LOADED = "the loaded checkpoint"
+NOT_RUN = "This web UI does not run such a model: this is what its attention would cost."
 NOT_ACTIVE = "subquad is not active now: this is how it would compute attention."
 
 
@@ -43,6 +44,8 @@ def question(title: str | None, width: object, height: object, batch: object) ->
     if not host().active:
         checkpoint = replace(checkpoint, notes=(NOT_ACTIVE, *checkpoint.notes))
     here, parts = host(), host().parts(settings)
+    if here.does_not_run(checkpoint):
+        checkpoint = replace(checkpoint, notes=(NOT_RUN, *checkpoint.notes))
     more = {"t5_tokens": here.t5_tokens, "model": UNET in parts, "vae": VAE in parts}
     return Question(checkpoint, width, height, batch, here.dtype(), here.device(), settings, **more)
 

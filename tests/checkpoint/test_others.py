@@ -209,6 +209,13 @@ def test_real_unets_and_vaes_are_no_add_ons():
             assert others.read(Tensors(moved)) is None
 
 
+def test_names_that_are_too_long_to_be_real_are_not_looked_at():
+    """A header may hold sixteen of a million characters; each would be searched fifty times."""
+    name = "x" * 1001 + ".double_blocks.0.img_attn.qkv.weight"
+    assert from_shapes({name: [4, 4]}).family == "unknown"
+    assert from_shapes({name[2 * len(name) // 3 :]: [4, 4]}).family == "Flux"
+
+
 def test_a_unet_under_a_prefix_that_nobody_knows():
     prefix = "a_trainer_with_a_long_name.checkpoint_of_step_100000.module.model.diffusion_model."
     for more in ({}, vae()):

@@ -161,6 +161,7 @@ def test_a_block_is_missing(name, gone, says):
     "name, change, says",
     [
         ("flux_dev", {"double_blocks.3.img_attn.qkv.bias": [9215]}, "double_blocks.3 is not as wide"),
+        ("flux_dev", {"double_blocks.3.img_attn.qkv.bias": [12288]}, "double_blocks.3 is not as wide"),
         ("flux_dev", {"single_blocks.3.linear1.bias": [9000]}, "single_blocks.3 is not as wide"),
         ("sd3_medium", {"x_embedder.proj.weight": [1536, 16, 4, 1]}, "square patches"),
         ("sd3_medium", {"x_embedder.proj.weight": [2, 2, 16, 1536]}, "square patches"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lib_subquad.checkpoint import from_shapes
 from lib_subquad.console import UserError
+from tests.checkpoint import public_models
 
 LOADED = "the loaded checkpoint"
 
@@ -50,3 +52,14 @@ def test_a_size_that_is_computed_smaller_is_told(models):
     told = "Sizes go in steps of 8 pixels: 500 x 519 is computed as 496 x 512."
     assert told in ask(models, width=500, height=519).notes
     assert not any("computed as" in note for note in ask(models, width=504, height=512).notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [("sd15", True), ("sdxl_base", True), ("sd3_medium", True), ("sd35_medium", False), ("flux_dev", False)],
+)
+def test_a_model_that_the_web_ui_does_not_run_is_told(models, monkeypatch, name, runs):
+    monkeypatch.setattr(models, "read", lambda title: from_shapes(public_models.tensors(name)))
+    asked = ask(models, width=1024, height=1024)
+    assert (models.NOT_RUN not in asked.notes) == runs
+    assert {row.problem.queries for row in asked.rows() if row.kind == "joint"} <= {4096 + 77 + 77, 4096 + 77}

@@ -47,8 +47,9 @@ def read(flux: Tensors, heads: Heads | None, latent_factor: int) -> Checkpoint:
     paths = [f"double_blocks.{number}" for number in range(blocks[0])]
     paths += [f"single_blocks.{number}" for number in range(blocks[1])]
     for path in paths:
-        qkv = f"{path}.img_attn.qkv.bias" if path.startswith("double") else f"{path}.linear1.bias"
-        if flux.shape(qkv, dimensions=(1,))[0] < 3 * width:
+        double = path.startswith("double")
+        (channels,) = flux.shape(f"{path}.img_attn.qkv.bias" if double else f"{path}.linear1.bias", dimensions=(1,))
+        if channels < 3 * width or (double and channels > 3 * width):
             raise CheckpointError(f"{flux.prefix}{path} is not as wide as the model, {width} channels")
     layers = tuple(
         AttentionLayer(

@@ -95,11 +95,15 @@ PARTS = (
 )
 
 
+LONGEST = 1000  # characters of a name; the longest of a real tensor has about 130
+
+
 def read(tensors: Tensors) -> Checkpoint | None:
     """What kind of file it is and why it is not served; None where it is none of those known here."""
-    lora = [name for name in tensors if LORA_NAME.search(name)]
+    names = [name for name in tensors if len(name) <= LONGEST]  # patterns are looked for in the whole of each
+    lora = [name for name in names if LORA_NAME.search(name)]
     added = set(lora)
-    others = [name for name in tensors if name not in added and not name.endswith(".alpha")]  # a LoRA's strength
+    others = [name for name in names if name not in added and not name.endswith(".alpha")]  # a LoRA's strength
     for names, kinds in ((others, OTHERS), (lora, LORA), (others, PARTS)):
         for family, pattern, why in kinds:
             name = next(filter(re.compile(pattern).search, names), None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import CheckpointError, read_attention_layers
+from ...checkpoint import T5_TOKENS, CheckpointError, read_attention_layers
 from ...console import UserError
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
@@ -35,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
+    parser.add_argument(
+        "--t5-tokens",
+        type=positive,
+        default=T5_TOKENS,
+        metavar="N",
+        help="length of the prompt for T5, which SD 3, Flux and Chroma read: 256 in the Forge family, 77 in the web UI "
+        "1.10 (default: %(default)s)",
+    )
     group = parser.add_argument_group("settings")
     for name, option in OPTIONS.items():
         more: dict[str, Any] = {"default": option.default}
@@ -75,7 +83,15 @@ def read(arguments: argparse.Namespace) -> Question:
     if not checkpoint.layers:
         raise UserError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
     question = Question(
-        checkpoint, width, height, arguments.batch, getattr(torch, dtype), device, settings, vae=settings.vae
+        checkpoint,
+        width,
+        height,
+        arguments.batch,
+        getattr(torch, dtype),
+        device,
+        settings,
+        t5_tokens=arguments.t5_tokens,
+        vae=settings.vae,
     )
     if not question.layers:
         raise UserError("the file holds a VAE and no U-Net, and with --vae off the VAE is left out")

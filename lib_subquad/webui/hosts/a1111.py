@@ -14,7 +14,7 @@ from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent
 from modules.sd_hijack_optimizations import SdOptimization
 from torch import Tensor
 
-from ...checkpoint import PROMPT_TOKENS
+from ...checkpoint import PROMPT_TOKENS, Checkpoint
 from ...console import UserError
 from ...layers import ldm, projections
 from ...layers.heads import heads_attention
@@ -83,6 +83,7 @@ def _as_broadcast(mask: object) -> object:
 
 
 SD3 = "modules.models.sd3."  # loaded with the first such model
+NOT_RUN = ("Stable Diffusion 3.5", "Flux", "Chroma")  # families of which it has no classes
 JOINT_BLOCK = "JointBlock"  # the class of the layers that call its attention, each once
 # (module, class, our forward) and (module, function, ours).
 LAYERS = (
@@ -205,6 +206,11 @@ class A1111(Host):
     @property
     def active(self) -> bool:
         return ENTRY.active
+
+    def does_not_run(self, checkpoint: Checkpoint) -> bool:
+        """It knows one transformer, SD 3 medium's: of SD 3.5 it leaves weights out, and the image is noise."""
+        image_alone = any((layer.part, layer.kind) == ("transformer", "self") for layer in checkpoint.layers)
+        return image_alone or checkpoint.family.startswith(NOT_RUN)
 
     def callbacks(self) -> dict[str, Callable]:
         return {"on_list_optimizers": list_entry}

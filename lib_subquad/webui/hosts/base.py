@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from modules import shared
 
-from ...checkpoint import T5_TOKENS
+from ...checkpoint import T5_TOKENS, Checkpoint
 from ...console import UserError
 from ...settings import Settings
 from .. import options
@@ -93,6 +93,10 @@ class Host:
     def settings(self) -> Settings:
         """The user's, as they are now, with the web UI's own rule for upcasting in place."""
         return options.current(bool(getattr(shared.opts, "upcast_attn", False)))
+
+    def does_not_run(self, checkpoint: Checkpoint) -> bool:
+        """Whether this web UI has no classes for such a model, as far as that is known."""
+        return False
 
     def parts(self, settings: Settings) -> tuple[str, ...]:
         """The parts of a model in which attention is ours, or would be."""
