@@ -9,11 +9,14 @@ import io
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import lib_subquad
+
+NEED_A_HOST = [Path(__file__).parent / name for name in ("demo", "forge", "host", "webui")]
 
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
 BOUND = (
@@ -26,6 +29,15 @@ BOUND = (
     "demo.page",
     "demo.settings_panel",
 )
+
+
+def pytest_addoption(parser):
+    words = "only the tests of the library: they need requirements/unit.txt, and neither a page, a host nor a web UI"
+    parser.addoption("--unit", action="store_true", help=words)
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("unit") and collection_path in NEED_A_HOST else None
 
 
 @pytest.fixture(autouse=True)

@@ -279,7 +279,7 @@ def test_free_memory_of_a_container(limit, used, stat, free, tmp_path, monkeypat
     paths = [tmp_path / name for name in ("limit", "used", "stat")]
     for path, text in zip(paths, (limit, used, stat)):
         if text is not None:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
     monkeypatch.setattr(devices, "_container_files", lambda: (tuple(map(str, paths)),))
     monkeypatch.setattr(devices, "_free_host", lambda: 5000)
     assert devices.free_bytes(CPU) == (5000 if free is None else free)
@@ -295,7 +295,7 @@ def test_free_memory_of_a_container(limit, used, stat, free, tmp_path, monkeypat
 )
 def test_control_groups_of_both_versions(line, files, monkeypatch, tmp_path):
     groups = tmp_path / "cgroup"
-    groups.write_text(line + "\n")
+    groups.write_text(line + "\n", encoding="utf-8")
     monkeypatch.setattr(devices, "open", lambda path: groups.open(), raising=False)
     monkeypatch.setattr(devices.os.path, "exists", lambda path: True)
     devices._container_files.cache_clear()

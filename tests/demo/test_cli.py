@@ -19,8 +19,9 @@ def run(*args):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"},
     )
 
 

@@ -46,7 +46,7 @@ def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "recommended" in done.stdout
     assert "Measured again, 2 times in turn" in done.stdout or "Automatic itself is recommended" in done.stdout
-    trials = json.loads(found.read_text())["trials"]
+    trials = json.loads(found.read_text(encoding="utf-8"))["trials"]
     (recommended,) = [trial for trial in trials if trial["recommended"]]
     assert recommended["fits"] and recommended["pareto"] and recommended["repeats"] >= 7
     assert any(trial["query_chunk"] == 128 for trial in trials)
@@ -77,7 +77,7 @@ def test_ctrl_c_keeps_what_was_measured(checkpoint, tmp_path):
     output, errors = lab.communicate(timeout=120)
     assert lab.returncode == 130, errors
     assert "Traceback" not in errors and "Nothing is recommended: it ended before" in output
-    trials = json.loads(found.read_text())["trials"]
+    trials = json.loads(found.read_text(encoding="utf-8"))["trials"]
     assert trials and {trial["repeats"] for trial in trials} == {1}
 
 
