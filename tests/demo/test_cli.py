@@ -62,6 +62,19 @@ def test_wrong_input_is_one_line(args, says):
     assert "Traceback" not in done.stderr
 
 
+def test_the_demo_speaks_on_a_console_of_code_page_1252(tmp_path):
+    output = tmp_path / "自動.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "demo", "--once", str(output), "--size", "64", "--steps", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"\\u81ea\\u52d5.png: made with subquad" in done.stdout and output.exists()
+
+
 @pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tests.images", "tests.soak"])
 def test_every_option_has_help_and_tells_its_default(module, host, documented):
     documented(importlib.import_module(module).main)
