@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import lib_subquad
+from lib_subquad.engines import fused
+from lib_subquad.problem import Problem
 
 NEED_A_HOST = [Path(__file__).parent / name for name in ("demo", "forge", "host", "webui")]
 
@@ -87,6 +89,14 @@ def documented(monkeypatch):
             assert parser.format_help()  # whose "%" are all of argparse's
 
     return check
+
+
+@pytest.fixture
+def fused_kernel():
+    """For what is about the fused engine, or about two engines: with torch 2.0 there is but one on the CPU."""
+    query = (1, 2, 64, 8)
+    if reasons := fused.why_not(Problem.from_shapes(query, query, query, torch.float32, "cpu")):
+        pytest.skip(reasons[0])
 
 
 @pytest.fixture(scope="module")

@@ -103,9 +103,11 @@ def test_nor_while_training(kind, checkpointing, pretend):
         ("directml", {"no_fused": ""}, "materialises the scores"),
     ],
 )
-def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend):
+def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend, request):
     # The caps are dropped with chunks as large as the sliders go; a kernel is asked for where one is forbidden.
     settings = {"engine": "portable", **HUGE_CHUNKS} if "no_fused" not in dropped else {}
+    if "no_fused" in dropped:
+        request.getfixturevalue("fused_kernel")
     complaints = call(pretend(kind, **dropped), **settings)
     assert any(complaint in words for words in complaints)
 
@@ -156,6 +158,7 @@ def test_the_real_caps_are_what_was_reported():
     assert devices.RULES["mps"].tile_bytes <= 128 * 2**20  # fixed and modest, whatever is free
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_fused_is_off_where_pytorch_would_run_its_math_kernel(monkeypatch):
     problem = Problem.from_shapes((1, 64, 8), (1, 64, 8), (1, 64, 8), torch.float32, CPU)
     for choice, reasons in ((fused.MATH_KERNEL, 1), (1, 0)):

@@ -53,6 +53,7 @@ def test_what_fake_tensors_are_told_holds_for_them_only(masked):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_is_planned_beside_fake_tensors_holds_for_real_ones(grad):
     shape = (1, 2, 24, 8)
     with fake():

@@ -275,7 +275,7 @@ def test_no_room_for_a_thread(monkeypatch, reference):
 def run(program: str) -> dict:
     """What a program prints as JSON on its last line."""
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
