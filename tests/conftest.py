@@ -9,12 +9,17 @@ import io
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import lib_subquad
+from lib_subquad.engines import fused
+from lib_subquad.problem import Problem
 from tests.threads import torch_threads
+
+NEED_A_HOST = [Path(__file__).parent / name for name in ("demo", "forge", "host", "webui")]
 
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
 BOUND = (
@@ -27,6 +32,15 @@ BOUND = (
     "demo.page",
     "demo.settings_panel",
 )
+
+
+def pytest_addoption(parser):
+    words = "only the tests of the library: they need requirements/unit.txt, and neither a page, a host nor a web UI"
+    parser.addoption("--unit", action="store_true", help=words)
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("unit") and collection_path in NEED_A_HOST else None
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +90,14 @@ def documented(monkeypatch):
             assert parser.format_help()  # whose "%" are all of argparse's
 
     return check
+
+
+@pytest.fixture
+def fused_kernel():
+    """For what is about the fused engine, or about two engines: with torch 2.0 there is but one on the CPU."""
+    query = (1, 2, 64, 8)
+    if reasons := fused.why_not(Problem.from_shapes(query, query, query, torch.float32, "cpu")):
+        pytest.skip(reasons[0])
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ class Server:
 
     @property
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, text: str, times: int = 1) -> None:
         end = time.monotonic() + WAIT
@@ -125,14 +125,16 @@ class Installation:
 
     def install(self, url: str) -> str:
         command = [self.python, "-c", INSTALL, self.folder, url, *self.flags]
-        done = subprocess.run(command, cwd=self.cwd, env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=self.cwd, env=self.environment, capture_output=True, text=True, encoding="utf-8"
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     @contextlib.contextmanager
     def running(self, *flags: str, **saved):
         """A server that finds these settings saved; all others are at their defaults."""
-        (self.data / "config.json").write_text(json.dumps({**self.settings, **saved}))
+        (self.data / "config.json").write_text(json.dumps({**self.settings, **saved}), encoding="utf-8")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -177,7 +179,12 @@ def named_by(variable: str) -> tuple[Path, Path]:
 def state(folder: Path) -> str:
     """What tells whether a web UI's folder is as it was."""
     return subprocess.run(
-        ["git", "status", "--porcelain", "--ignored"], cwd=folder, capture_output=True, text=True, check=True
+        ["git", "status", "--porcelain", "--ignored"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
     ).stdout
 
 

@@ -144,6 +144,7 @@ def test_what_differs_is_another_call(watched):
     assert watched.planned == 10
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_as_many_threads_as_there_are(watched):
     """Each has a workspace. With gradients, whose plans hold until memory runs out or is forgotten."""
     query, key, value = (torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3))

@@ -103,9 +103,11 @@ def test_nor_while_training(kind, checkpointing, pretend):
         ("directml", {"no_fused": ""}, "materialises the scores"),
     ],
 )
-def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend):
+def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend, request):
     # The caps are dropped with chunks as large as the sliders go; a kernel is asked for where one is forbidden.
     settings = {"engine": "portable", **HUGE_CHUNKS} if "no_fused" not in dropped else {}
+    if "no_fused" in dropped:
+        request.getfixturevalue("fused_kernel")
     complaints = call(pretend(kind, **dropped), **settings)
     assert any(complaint in words for words in complaints)
 
@@ -156,6 +158,7 @@ def test_the_real_caps_are_what_was_reported():
     assert devices.RULES["mps"].tile_bytes <= 128 * 2**20  # fixed and modest, whatever is free
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_fused_is_off_where_pytorch_would_run_its_math_kernel(monkeypatch):
     problem = Problem.from_shapes((1, 64, 8), (1, 64, 8), (1, 64, 8), torch.float32, CPU)
     for choice, reasons in ((fused.MATH_KERNEL, 1), (1, 0)):
@@ -279,7 +282,7 @@ def test_free_memory_of_a_container(limit, used, stat, free, tmp_path, monkeypat
     paths = [tmp_path / name for name in ("limit", "used", "stat")]
     for path, text in zip(paths, (limit, used, stat)):
         if text is not None:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
     monkeypatch.setattr(devices, "_container_files", lambda: (tuple(map(str, paths)),))
     monkeypatch.setattr(devices, "_free_host", lambda: 5000)
     assert devices.free_bytes(CPU) == (5000 if free is None else free)
@@ -295,7 +298,7 @@ def test_free_memory_of_a_container(limit, used, stat, free, tmp_path, monkeypat
 )
 def test_control_groups_of_both_versions(line, files, monkeypatch, tmp_path):
     groups = tmp_path / "cgroup"
-    groups.write_text(line + "\n")
+    groups.write_text(line + "\n", encoding="utf-8")
     monkeypatch.setattr(devices, "open", lambda path: groups.open(), raising=False)
     monkeypatch.setattr(devices.os.path, "exists", lambda path: True)
     devices._container_files.cache_clear()

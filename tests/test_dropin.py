@@ -38,11 +38,18 @@ def seed():
     """The kernel that the web UI ships, from its listing."""
     if not SEED.exists():
         pytest.skip("the web UI's kernel is not in ../shared/seed")
+    if not beta_of_zero_is_right():
+        pytest.skip("it begins with torch.baddbmm(…, beta=0), which in this PyTorch keeps NaN of memory that it reuses")
     code = SEED.read_text(encoding="utf8").split("```")[1]
     code = code.replace("    use_checkpoint=True,\n", "    use_checkpoint=True,\n):\n", 1)  # which the listing lost
     names = {}
     exec(compile(code, SEED.name, "exec"), names)
     return names["efficient_dot_product_attention"]
+
+
+def beta_of_zero_is_right() -> bool:
+    one, nothing = torch.ones(1, 1, 1), torch.full((1, 1, 1), torch.nan)
+    return not torch.baddbmm(one, one, one, beta=0, out=nothing).isnan().any()
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +341,7 @@ def test_in_its_place_nobody_goes_in_circles(monkeypatch, who):
     assert len(calls) < 20
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_others_in_its_place_are_asked(monkeypatch):
     query, key, value = torch.randn(3, 1, 2, 20, 8)
     own, asked = F.scaled_dot_product_attention, []

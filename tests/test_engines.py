@@ -160,6 +160,7 @@ class Recomputing(Plain):
 @pytest.mark.parametrize(
     "refuses", [{}, {"refuses_from": 0}, {"refuses_from": 1}, {"refuses_backward_from": 0}], ids=str
 )
+@pytest.mark.usefixtures("fused_kernel")
 def test_gradients_of_one_that_gives_way_to_one_whose_gradients_are_pytorchs(refuses, says):
     """In a chunk of the forward pass, or in the backward pass, where PyTorch's are of no use."""
     engine = Recomputing()
@@ -216,6 +217,7 @@ def test_memory_that_runs_out_in_it(plain):
     assert made.engine == "plain" and made.query_chunk == 128 and made.retries == 2 and sum(plain.calls) > 512
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_memory_that_runs_out_whatever_it_tries(plain):
     plain.room = 0
     made, _ = computed()
@@ -234,6 +236,7 @@ def test_the_user_may_choose_it_and_leave_it(plain):
 
 @pytest.mark.parametrize("says", ["no such kernel", "out of memory"])
 @pytest.mark.parametrize("before", [None, 0], ids=["last", "first"])
+@pytest.mark.usefixtures("fused_kernel")
 def test_one_that_the_user_chose_gives_way_when_it_runs_as_when_it_is_planned(says, before):
     """Wherever it is registered, and with a reason that is said."""
     engine = Plain()
@@ -250,6 +253,7 @@ def test_one_that_the_user_chose_gives_way_when_it_runs_as_when_it_is_planned(sa
     )
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_an_inexact_one_is_taken_only_when_it_is_asked_for(plain, monkeypatch):
     monkeypatch.setattr(Plain, "EXACT", False)
     assert computed()[0].engine == order.names()[1]
@@ -269,6 +273,7 @@ def test_explain_and_the_lab_know_it(plain):
     }
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_an_engine_need_not_be_hashable(plain, monkeypatch):
     """A dataclass is none."""
     monkeypatch.setattr(Plain, "__hash__", None)

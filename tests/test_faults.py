@@ -155,7 +155,7 @@ def limited(heads: int, tokens: int, spares: list[int]) -> list:
     command = [sys.executable, "-c", LIMITED, json.dumps([heads, tokens, spares])]
     # Every tensor a mapping of its own: what earlier calls have freed must not serve later ones.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr  # a crash or an abort
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -39,12 +39,12 @@ def run(monkeypatch, capsys):
 
 
 def test_here_it_does_nothing():
-    done = subprocess.run([sys.executable, INSTALL], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, INSTALL], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_any_package_it_says_so_and_lets_the_web_ui_start():
-    done = subprocess.run([sys.executable, "-I", "-S", INSTALL], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-I", "-S", INSTALL], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[subquad] torch is not installed; it needs torch 2.0 or newer.\n"
 
@@ -68,5 +68,5 @@ def test_no_torch(run):
 def test_it_imports_neither_torch_nor_pip():
     """Importing torch takes seconds at every start."""
     code = f"import runpy, sys; runpy.run_path({str(INSTALL)!r}, run_name='__main__'); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert {"torch", "pip"}.isdisjoint(done.stdout.split())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lib_subquad import Settings, attention
+from lib_subquad.engines import fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +23,9 @@ SHAPES = [  # batch, heads, queries, keys, width
 ]
 SCALES = (1e-4, 1e-2, 1.0, 5.0, 40.0, 300.0)
 SEEDS = 10
-ALLOWED = 1.3  # times the error of PyTorch's own
+# Times the error of PyTorch's own. The fused kernel of the CPU sums chunks of keys as we do; torch 2.0, which has none,
+# sums all keys in one product, beside which 35 chunks of 1,100 keys are 2.3 times as far off.
+ALLOWED = 1.3 if fused.TAKES_SCALE else 2.6
 PLANS = {
     "automatic": Settings(),
     "query chunks": Settings(query_chunk=16),
@@ -108,7 +111,9 @@ def test_error_beside_pytorchs_own(reference, dtype, scale):
 def test_largest_numbers_of_a_dtype(reference, dtype, plan):
     """No NaN and no infinity where float64 has none, up to half of the largest number in q, k and v at once."""
     largest = min(torch.finfo(dtype).max / 2, 1e18)
-    query, key, value = (tensor.clamp(-1, 1).mul(largest) for tensor in inputs((1, 2, 40, 70, 8), dtype, 1.0, 0))
+    query, key, value = (
+        tensor.clamp(-1, 1).mul(largest).to(dtype) for tensor in inputs((1, 2, 40, 70, 8), torch.float32, 1.0, 0)
+    )
     assert attention(query, key, value, settings=PLANS[plan]).isfinite().all()
     query[..., 1:] = 0.0  # scores of one product each, so that float32 and float64 pick the same key
     output, wanted = attention(query, key, value, settings=PLANS[plan]), reference(query, key, value)

@@ -78,6 +78,7 @@ Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
         f"CUDA error: invalid argument{ADVICE}",
     ],
 )
+@pytest.mark.usefixtures("fused_kernel")
 def test_the_next_engine_goes_on_and_says_why(first, error):
     first(error)
     made, _ = computed()
@@ -86,12 +87,14 @@ def test_the_next_engine_goes_on_and_says_why(first, error):
     assert made.reasons[-1] == f"the {names()[0]} kernel refused these sizes: {text}"
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_is_written_stays(first):
     chunks = first(at=2)
     made, _ = computed(Settings(query_chunk=32))
     assert made.engine == names()[1] and len(chunks) == 3
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_it_is_remembered_for_that_problem_until_told_to_forget(first, caplog):
     chunks = first(always=False)
     for _ in range(5):
@@ -104,6 +107,7 @@ def test_it_is_remembered_for_that_problem_until_told_to_forget(first, caplog):
     assert computed()[0].engine == names()[0]
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_it_is_remembered_for_pytorchs_switches_as_they_were(first, monkeypatch):
     """With others PyTorch has another kernel."""
     state = ["flash"]
@@ -116,6 +120,7 @@ def test_it_is_remembered_for_pytorchs_switches_as_they_were(first, monkeypatch)
     assert computed()[0].engine == names()[1]
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_it_is_remembered_after_an_out_of_memory_too(monkeypatch):
     """Whose plan was remembered before."""
     engine = order.engines()[0]
@@ -140,6 +145,7 @@ def failing_hook(tensor):
 
 
 @pytest.mark.parametrize("who", ["a hook", "tensors made in inference mode"])
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_no_engine_can_do_says_nothing_of_the_engines(who, caplog):
     query, key, value = tensors(grad=True)
     with pytest.raises(RuntimeError):
@@ -195,6 +201,7 @@ class Control(RuntimeError):
      RuntimeError(f"CUDA error: device-side assert triggered{ADVICE}"), KeyboardInterrupt()],
     ids=repr,
 )  # fmt: skip
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_is_no_refusal_passes(monkeypatch, error):
     engine, calls = order.engines()[0], []
 
@@ -219,6 +226,7 @@ def test_when_all_refuse_the_last_ones_words_are_told(monkeypatch):
         attention(*tensors())
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_random_calls_with_refusals_and_memory_that_runs_out(monkeypatch):
     """From two threads, with settings that change and are forgotten between and during the calls."""
     chance = random.Random(0)

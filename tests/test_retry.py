@@ -42,6 +42,7 @@ def test_no_tensor_may_be_large(checkpointing):
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_fused_kernel_given_up_while_training(monkeypatch, peak_bytes, reentrant):
     """From then on gradients are recomputed, as they will be in the calls that remember it: in a checkpointed block the
     second forward pass saves as many tensors as the first."""
@@ -77,6 +78,7 @@ def test_scores_that_cannot_be_kept_are_recomputed():
     assert torch.allclose(output, exact(*tensors), atol=1e-5)
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_is_written_stays(monkeypatch):
     monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], threads_share=False))
     query, key, value = (torch.randn(1, 2, tokens, 8) for tokens in (64, 256, 256))
@@ -194,8 +196,10 @@ def test_every_form_of_out_of_memory(error):
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=repr)
-def test_other_errors_pass(error):
+def test_other_errors_pass(error, request):
     """Tried once; or once with each engine, where it is a kernel that says no."""
+    if refusals.is_refusal(error):
+        request.getfixturevalue("fused_kernel")
     assert not devices.is_out_of_memory(error)
     text, tensors = str(error), torch.randn(3, 1, 2, 64, 8)
     attention(*tensors)
@@ -284,6 +288,7 @@ def test_a_call_that_is_planned_while_another_finds_smaller_sizes(monkeypatch, g
     assert plans[0].sizes == sizes[2] != sizes[0]
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_smaller_sizes_are_remembered_for_pytorchs_switches_as_they_were(monkeypatch):
     state = ["flash"]
     monkeypatch.setattr(devices, "_SWITCHES", [lambda: state[0]])
@@ -322,6 +327,7 @@ def test_only_a_real_out_of_memory_goes_below_what_is_efficient(monkeypatch):
     assert not device.failures and remembered == found  # although nothing seems free
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_failure_while_asking_for_a_kernel_is_no_answer():
     query, key, value = torch.randn(3, 1, 2, 33, 8)
     fused._kernel_reasons.cache_clear()

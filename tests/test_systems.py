@@ -21,6 +21,7 @@ SOURCES = [
     ROOT / "install.py",
     *(path for folder in ("lib_subquad", "scripts", "demo", "tools") for path in sorted((ROOT / folder).rglob("*.py"))),
 ]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # By the "Availability" lines of Python's documentation: what Windows lacks, or macOS, or everything but Windows.
 ONLY_SOME_SYSTEMS = {
@@ -184,6 +185,31 @@ def test_the_checker_lets_pass_what_asks(source):
     assert unguarded(source) == []
 
 
+# ------------------------------------------------------------------------------------- texts, which Windows encodes
+
+
+def of_the_systems_encoding(source: str) -> list[str]:
+    """Each text read, written, or taken from a program in the encoding of the system: on Windows that is not UTF-8."""
+    found = []
+    for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        keywords = {keyword.arg for keyword in node.keywords}
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if "encoding" not in keywords and (method in ("read_text", "write_text") or "text" in keywords):
+            found.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted({*SOURCES, *TESTS}), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_texts_are_utf_8_on_every_system(path):
+    assert of_the_systems_encoding(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("call", ["path.read_text({})", "path.write_text('×', {})", "run([], text=True, {})"])
+def test_the_systems_encoding_is_found(call):
+    assert len(of_the_systems_encoding(call.format(""))) == 1
+    assert of_the_systems_encoding(call.format("encoding='utf-8'")) == []
+
+
 # ------------------------------------------------------------------------------------- on a system that lacks them
 
 
@@ -228,7 +254,7 @@ def test_what_the_processors_do_is_not_told(bare_system):
 
 def test_processor_seconds_need_sysconf(monkeypatch, tmp_path):
     stat, real = tmp_path / "stat", builtins.open
-    stat.write_text("cpu 1 2 3 4 5 6 7 8 9\n")
+    stat.write_text("cpu 1 2 3 4 5 6 7 8 9\n", encoding="utf-8")
     monkeypatch.setattr(builtins, "open", lambda path, *more: real(stat if path == "/proc/stat" else path, *more))
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert machine.processor_seconds() is None

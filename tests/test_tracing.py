@@ -53,6 +53,7 @@ def test_what_fake_tensors_are_told_holds_for_them_only(masked):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_is_planned_beside_fake_tensors_holds_for_real_ones(grad):
     shape = (1, 2, 24, 8)
     with fake():
@@ -223,7 +224,9 @@ def test_nothing_is_asked_of_the_default_device(body):
     code = "import torch; from lib_subquad import attention; x = torch.randn(1, 2, 8, 8)\n"
     code += "m = torch.ones(8, 8, dtype=torch.bool)\n" + body.replace("CALL", "attention(x, x, x, mask=m)")
     code += "\nassert r.device.type == 'cpu' and r.isfinite().all()"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -232,5 +235,7 @@ def test_it_loads_whatever_the_default_dtype_is(dtype):
     """torch 2.1.2 has no half-precision product on the CPU."""
     code = f"import torch; torch.set_default_dtype(torch.{dtype}); from lib_subquad import attention\n"
     code += "x = torch.ones(1, 2, 8, 8, dtype=torch.float32); assert torch.equal(attention(x, x, x), x)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr

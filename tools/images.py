@@ -47,7 +47,7 @@ def measure(webui: WebUI, entry: Entry, request: Request, status: Path) -> None:
     webui.select(entry.title)
     for name, value in entry.settings.items():
         webui.set(name, value)
-    status.with_name("clear_refs").write_text("5")  # forgets the high-water mark: proc(5)
+    status.with_name("clear_refs").write_text("5", encoding="utf-8")  # forgets the high-water mark: proc(5)
     before, start = _bytes(status, "VmRSS"), time.perf_counter()
     webui.generate(request, {})
     entry.seconds.append(time.perf_counter() - start)
@@ -55,7 +55,7 @@ def measure(webui: WebUI, entry: Entry, request: Request, status: Path) -> None:
 
 
 def _bytes(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1]) << 10
 
 

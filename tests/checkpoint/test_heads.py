@@ -48,7 +48,7 @@ def test_the_tiny_checkpoint_and_its_yaml():
 def test_heads_from_the_yaml_beside_the_file(file, text, expected, says):
     pytest.importorskip("yaml")
     write(file, *entries(unet(channels=64, mult=(1,), depths=(1,), context=64)))
-    file.with_suffix(".yaml").write_text(text)
+    file.with_suffix(".yaml").write_text(text, encoding="utf-8")
     checkpoint = read_attention_layers(file)
     assert {(layer.heads, layer.head_width) for layer in checkpoint.layers} == {expected}
     assert any(says in note for note in checkpoint.notes)
@@ -60,14 +60,14 @@ def test_a_yaml_is_never_constructed(file, tmp_path):
     trap = tmp_path / "trap"
     bomb = "\n".join(f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 40))
     text = f"a: !!python/object/apply:os.mkdir ['{trap}']\nm0: &m0 {{x: 1}}\n{bomb}\n" + config(num_heads=2)[1:-1]
-    file.with_suffix(".yaml").write_text(text)
+    file.with_suffix(".yaml").write_text(text, encoding="utf-8")
     assert {layer.heads for layer in read_attention_layers(file).layers} == {2}
     assert not trap.exists()
 
 
 def test_without_pyyaml_a_note_says_so(file, monkeypatch):
     write(file, *entries(unet(channels=64, mult=(1,), depths=(1,))))
-    file.with_suffix(".yaml").write_text(config(num_heads=2))
+    file.with_suffix(".yaml").write_text(config(num_heads=2), encoding="utf-8")
     monkeypatch.setitem(sys.modules, "yaml", None)
     checkpoint = read_attention_layers(file)
     assert {layer.heads for layer in checkpoint.layers} == {8}
@@ -76,7 +76,7 @@ def test_without_pyyaml_a_note_says_so(file, monkeypatch):
 
 def test_the_caller_knows_better(file):
     write(file, *entries(unet(channels=64, mult=(1,), depths=(1,)) | vae()))
-    file.with_suffix(".yaml").write_text(config(num_heads=2))
+    file.with_suffix(".yaml").write_text(config(num_heads=2), encoding="utf-8")
     checkpoint = read_attention_layers(file, heads=16)
     assert {layer.heads for layer in checkpoint.layers} == {16, 1}  # the VAE keeps its one head
     assert "Heads: 16 in each layer, as asked for." in checkpoint.notes

@@ -19,8 +19,9 @@ def run(*args):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"},
     )
 
 
@@ -59,6 +60,19 @@ def test_wrong_input_is_one_line(args, says):
     complaint = [line for line in done.stderr.splitlines() if line.startswith("demo: ")]
     assert len(complaint) == 1 and says in complaint[0]
     assert "Traceback" not in done.stderr
+
+
+def test_the_demo_speaks_on_a_console_of_code_page_1252(tmp_path):
+    output = tmp_path / "自動.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "demo", "--once", str(output), "--size", "64", "--steps", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"\\u81ea\\u52d5.png: made with subquad" in done.stdout and output.exists()
 
 
 @pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tools.images", "tools.soak"])

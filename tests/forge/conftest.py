@@ -111,7 +111,9 @@ class Forge(Installation):
     server = ForgeServer
 
     def __init__(self, folder: Path, python: Path, data: Path, checkpoints: Path, control: Path):
-        self._known = "".join((folder / it).read_text() for it in FLAGS_ARE_IN if (folder / it).is_file())
+        self._known = "".join(
+            (folder / it).read_text(encoding="utf-8") for it in FLAGS_ARE_IN if (folder / it).is_file()
+        )
         optional = [flag for flag in IF_KNOWN if self.knows(flag)]
         folders = {
             "--ckpt-dir": checkpoints,

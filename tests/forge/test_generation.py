@@ -153,7 +153,7 @@ def test_broken_values_of_the_switch(server, expected, value):
 
 def test_settings_are_saved(forge, server):
     server.use("VAE only")
-    assert json.loads((forge.data / "config.json").read_text())["subquad_use"] == "VAE only"
+    assert json.loads((forge.data / "config.json").read_text(encoding="utf-8"))["subquad_use"] == "VAE only"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (192, 128)])

@@ -33,7 +33,7 @@ def test_saved_words_and_values_that_are_not_known_here(forge):
         _, infotext = server.generate()
         assert "Subquad" not in infotext and server.status()["calls"] == 0 and server.holders() == []
         server.options(samples_format="jpg")  # saves all
-        kept = json.loads((forge.data / "config.json").read_text())
+        kept = json.loads((forge.data / "config.json").read_text(encoding="utf-8"))
         assert (kept["subquad_use"], kept["subquad_engine"], kept["subquad_query_chunk"]) == ("quantum", "xformers", 0)
         server.use("everything")
         server.generate()

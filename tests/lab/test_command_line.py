@@ -148,7 +148,9 @@ def test_a_program_without_pytorch_gets_its_exception():
 def without_packages(*arguments) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-S", *arguments]  # whatever is installed is not found
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
 
 
 def test_without_docstrings_too():
@@ -167,7 +169,9 @@ def ended_without_reader(*arguments, python=(), errors_too=False) -> subprocess.
     errors = writer if errors_too else subprocess.PIPE
     command = [sys.executable, *python, "-m", "lib_subquad", *map(str, arguments)]
     try:
-        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=writer, stderr=errors, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=writer, stderr=errors, text=True, encoding="utf-8", timeout=300
+        )
     finally:
         os.close(writer)
 
@@ -200,7 +204,9 @@ def test_what_was_measured_is_saved_though_nobody_reads_the_table(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell of its own")
 def test_the_first_line_alone(unet_header):
     words = f"'{sys.executable}' -u -m lib_subquad plan --checkpoint '{unet_header}' --device cpu | head -1"
-    done = subprocess.run(words, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        words, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.stdout.count("\n") == 1 and "attention layers in the U-Net" in done.stdout
     assert done.stderr == ""
 
@@ -286,8 +292,8 @@ def test_a_picture_of_a_kind_that_cannot_be_drawn_is_refused(name, tmp_path, cap
 
 def test_to_try_a_file_leaves_it_as_it_was(tmp_path):
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
-    kept.write_text("what was there")
-    assert files.writable_file(str(kept)) == kept and kept.read_text() == "what was there"
+    kept.write_text("what was there", encoding="utf-8")
+    assert files.writable_file(str(kept)) == kept and kept.read_text(encoding="utf-8") == "what was there"
     assert files.writable_file(str(new)) == new and not new.exists()
 
 

@@ -70,6 +70,7 @@ def test_automatic_stays_recommended_unless_another_is_clearly_faster(monkeypatc
     assert finished(exploration()).recommended().label == chosen
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_what_slowed_automatic_for_a_while_recommends_nothing_else(monkeypatch):
     """Most of its runs were slowed by something else, one was not."""
     slowed = itertools.chain([1.0], itertools.repeat(2.0))
@@ -127,6 +128,7 @@ def load(seed):
 
 
 @pytest.mark.parametrize(("factor", "least", "most"), [(1 / 1.5, 15, 20), (1.3, 0, 0), (1.0, 0, 2)])
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_planted_setting_on_a_busy_machine(monkeypatch, factor, least, most):
     """One setting is faster, slower or as fast; all others are out of the question. How often is it recommended?"""
     labels = []
@@ -168,12 +170,14 @@ def test_where_nothing_fits_what_takes_the_least_is_compared(monkeypatch):
     assert explored.recommended() is least and not least.fits and least.rounds
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_it_goes_on_until_it_is_clear_that_the_present_setting_is_slower(monkeypatch):
     plant(monkeypatch, lambda plan, turn: 2.0 if plan.query_chunk == 96 else 1.0 if plan.engine == "fused" else 6.0)
     explored = finished(exploration(Settings(query_chunk=96)))
     assert explored.recommended().label == "automatic" and explored.recommended().faster_than(explored.today())
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_a_machine_too_busy_to_tell_is_said(monkeypatch):
     uneven = itertools.cycle((0.85, 0.85, 1.2))
 
@@ -259,6 +263,7 @@ def test_real_times_and_peaks_on_this_device():
     assert {trial.settings.engine for trial in explored.trials} == {"automatic", "portable"}
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_the_picture_shows_every_trial_and_names_the_recommended(made_up_times, tmp_path):
     picture = pytest.importorskip("lib_subquad.lab.tune.picture")
     explored = finished(exploration(Settings(query_chunk=96)))

@@ -140,7 +140,9 @@ def _checkpoints(folder: Path, extensions: Path) -> Path:
         pytest.skip("SD_WEBUI_CKPT_DIR names no folder of checkpoints, and ../shared/checkpoints is not there")
     shutil.copytree(SHARED / "tiny-sd1", folder, dirs_exist_ok=True)
     for config in folder.glob("*.yaml"):
-        config.write_text(config.read_text().replace("CLIP_DIR", str(folder / "clip")))
+        config.write_text(
+            config.read_text(encoding="utf-8").replace("CLIP_DIR", str(folder / "clip")), encoding="utf-8"
+        )
     subprocess.run([sys.executable, SHARED / "tiny-sdxl" / "make.py", folder], check=True)
     sd3.make_checkpoint(folder / "tiny-sd3.safetensors")
     sd3.install_guest(extensions, folder / "clip")

@@ -221,7 +221,7 @@ def test_the_checkpoint_is_unloaded_and_loaded_again(server, model, expected):
 
 def test_settings_are_saved(webui, server):
     server.options(subquad_query_chunk=128)
-    assert json.loads((webui.data / "config.json").read_text())["subquad_query_chunk"] == 128
+    assert json.loads((webui.data / "config.json").read_text(encoding="utf-8"))["subquad_query_chunk"] == 128
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_textual_inversion_trains_through_it(webui, server, model, job, tmp_path
     assert "error: None" in server.call("/sdapi/v1/train/embedding", job)["info"]
     assert server.status()["calls"] - model.calls(1) == 2 * 2 * model.layers + 1  # the picture was encoded
     (losses,) = (tmp_path / "training").glob("*/it/textual_inversion_loss.csv")
-    rows = losses.read_text().splitlines()
+    rows = losses.read_text(encoding="utf-8").splitlines()
     assert len(rows) == 3 and all(float(row.split(",")[3]) > 0 for row in rows[1:])
     assert (vector(webui) - untrained).abs().min() > 0.01  # each number has had a gradient
 

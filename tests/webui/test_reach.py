@@ -63,7 +63,7 @@ def guest(webui):
     """An extension beside ours, for the servers of this file."""
     folder = webui.data / "extensions" / "a-guest"
     (folder / "scripts").mkdir(parents=True)
-    (folder / "scripts" / "guest.py").write_text(GUEST)
+    (folder / "scripts" / "guest.py").write_text(GUEST, encoding="utf-8")
     yield
     shutil.rmtree(folder)
 
