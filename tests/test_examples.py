@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ def test_examples_give_what_they_show(name):
 def test_what_the_readme_shows_runs(capsys):
     query, key, value = torch.randn(3, 1, 8, 64, 40)
     names = {"torch": torch, "query": query, "key": key, "value": value}  # what the reader has already
+    processed = []
+    model = SimpleNamespace(set_attn_processor=processed.append)
+    names["pipe"] = SimpleNamespace(unet=model, vae=model)  # one of diffusers: docs/examples has its own test
+    names["processors"] = lambda model, settings: settings
     for snippet in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE):
         exec(compile(snippet, "README.md", "exec"), names)
+    assert processed == [lib_subquad.Settings(memory_limit=50)] * 2
     assert torch.nn.functional.scaled_dot_product_attention is lib_subquad.sdpa
     torch.testing.assert_close(names["output"], (query @ key.mT * 40**-0.5).softmax(-1) @ value)
     assert str(lib_subquad.plan(query.shape, key.shape, value.shape, query.dtype, "cpu")) in capsys.readouterr().out
