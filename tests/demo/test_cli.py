@@ -61,7 +61,7 @@ def test_wrong_input_is_one_line(args, says):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tools.images", "tools.soak"])
+@pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tools.images", "tools.picture", "tools.soak"])
 def test_every_option_has_help_and_tells_its_default(module, host, documented):
     documented(importlib.import_module(module).main)
 
