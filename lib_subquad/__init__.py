@@ -28,4 +28,4 @@ __all__ = [
     "plan",
     "sdpa",
 ]
-__version__ = "1.0.0"
+__version__ = "1.1.0"
