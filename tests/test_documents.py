@@ -53,7 +53,8 @@ def dead_links(document: Path) -> list[str]:
 def test_a_dead_link_is_found(tmp_path):
     document = tmp_path / "a.md"
     document.write_text(
-        "# One *thing*\n[a](a.md) [b](b.md) [c](#one-thing) [d](a.md#two) ![e](docs/e.png) [f](https://g)\n"
+        "# One *thing*\n[a](a.md) [b](b.md) [c](#one-thing) [d](a.md#two) ![e](docs/e.png) [f](https://g)\n",
+        encoding="utf-8",
     )
     assert dead_links(document) == ["b.md", "a.md#two", "docs/e.png"]
 
@@ -110,7 +111,9 @@ def test_every_version_before_has_a_commit_to_go_back_to():
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.strip()
 
 
 # What 1.0.0 takes for each setting. It puts right what it does not know, and so would lose what a user has saved.

@@ -41,6 +41,8 @@ def test_programs_are_no_tests():
     programs = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("*.py")
-        if any(ast.unparse(node).startswith("if __name__ ==") for node in ast.parse(path.read_text("utf-8")).body)
+        if any(
+            ast.unparse(node).startswith("if __name__ ==") for node in ast.parse(path.read_text(encoding="utf-8")).body
+        )
     ]
     assert programs == []

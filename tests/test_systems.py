@@ -193,8 +193,9 @@ def of_the_systems_encoding(source: str) -> list[str]:
     found = []
     for node in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         keywords = {keyword.arg for keyword in node.keywords}
-        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        if "encoding" not in keywords and (method in ("read_text", "write_text") or "text" in keywords):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        of_a_program = "text" in keywords and name in ("run", "Popen", "check_output")
+        if "encoding" not in keywords and (name in ("read_text", "write_text") or of_a_program):
             found.append(f"line {node.lineno}: {ast.unparse(node.func)}")
     return found
 

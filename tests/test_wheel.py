@@ -48,7 +48,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     offline = ["--no-index", "--no-deps", "--disable-pip-version-check", "--no-warn-script-location"]
     run([sys.executable, "-m", "pip", "install", *offline, "--prefix", environment, wheel], cwd=environment)
     (site,) = {path.parent for path in environment.rglob("lib_subquad")}
-    (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
     return python
 
 

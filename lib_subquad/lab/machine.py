@@ -39,7 +39,8 @@ def _processor() -> str:
                 return line.partition(":")[2].strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS, whose platform.processor() is "arm"
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=20, check=True)
+        return done.stdout.strip()
     return platform.processor() or platform.machine()
 
 

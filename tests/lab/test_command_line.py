@@ -155,7 +155,7 @@ def without_packages(*arguments) -> subprocess.CompletedProcess:
 
 def test_without_docstrings_too():
     command = [sys.executable, "-OO", "-m", "lib_subquad", "plan", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=300)
     assert (done.returncode, done.stderr) == (0, "") and "--checkpoint" in done.stdout
 
 

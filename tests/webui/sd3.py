@@ -42,7 +42,7 @@ def install_guest(extensions: Path, tokenizer: Path) -> None:
     (folder / "scripts").mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("sd3_guest.py"), folder / "scripts")
     shutil.copytree(tokenizer, folder / "tokenizer")
-    (folder / "text_encoder.json").write_text(json.dumps(TEXT_ENCODER))
+    (folder / "text_encoder.json").write_text(json.dumps(TEXT_ENCODER), encoding="utf-8")
 
 
 def _transformer() -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from modules.models.sd3 import mmdit, other_impls, sd3_cond
 from transformers import CLIPTokenizer
 
 FOLDER = Path(__file__).parents[1]
-SMALL = json.loads((FOLDER / "text_encoder.json").read_text())
+SMALL = json.loads((FOLDER / "text_encoder.json").read_text(encoding="utf-8"))
 
 
 class Tokenizer:

@@ -39,7 +39,7 @@ def guest(webui):
     """An extension beside ours, for the server of this file."""
     folder = webui.data / "extensions" / "a-blind-guest"
     (folder / "scripts").mkdir(parents=True)
-    (folder / "scripts" / "blind.py").write_text(GUEST)
+    (folder / "scripts" / "blind.py").write_text(GUEST, encoding="utf-8")
     yield
     shutil.rmtree(folder)
 

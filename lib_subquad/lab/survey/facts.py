@@ -109,7 +109,7 @@ def _driver(device: torch.device) -> str:
 
 
 def _first_line(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True)
     return done.stdout.strip().splitlines()[0].strip()
 
 
