@@ -81,7 +81,7 @@ def attention(
     if mask is not None:
         if type(mask) is not Tensor:
             check_mask(mask)
-        elif mask.layout is torch.strided and 0 in mask.stride() and not mask.requires_grad:
+        elif mask.layout is torch.strided and not (mask.is_nested or mask.requires_grad) and 0 in mask.stride():
             mask = as_small_as_it_is(mask)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale

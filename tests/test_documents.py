@@ -11,7 +11,6 @@ import pytest
 
 import lib_subquad
 from lib_subquad.settings import OPTIONS
-from tools import picture
 
 ROOT = Path(__file__).parents[1]
 NOT_OURS = re.compile(r"\.git$|\.venv|.*cache")
@@ -67,19 +66,27 @@ def test_links_lead_somewhere(document):
 # ------------------------------------------------------------------------------------------------------- the picture
 
 
-def test_the_picture_of_the_house_is_that_of_the_code():
+@pytest.fixture
+def picture():
+    pytest.importorskip("grimp")  # which import-linter brings
+    from tools import picture
+
+    return picture
+
+
+def test_the_picture_of_the_house_is_that_of_the_code(picture):
     """`python -m tools.picture` makes it anew."""
     assert picture.draw() == picture.PICTURE.read_text(encoding="utf-8")
 
 
-def test_every_part_of_the_library_is_in_it():
+def test_every_part_of_the_library_is_in_it(picture):
     drawn = [part for floor in picture.layers() for part in floor]
     folder = ROOT / picture.PACKAGE
     there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert set(drawn) == there - {"__init__"} and all(map(picture.sentence, drawn))
 
 
-def test_an_import_that_is_there_by_way_of_another_has_no_arc():
+def test_an_import_that_is_there_by_way_of_another_has_no_arc(picture):
     known = {"roof": {"wall", "floor"}, "wall": {"floor", "window"}, "window": set(), "floor": set()}
     assert picture.without_detours(known) == known | {"roof": {"wall"}}
 
