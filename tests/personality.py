@@ -22,7 +22,10 @@ PRODUCTS = ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "addmm_", "addbmm", "ad
 
 @dataclass(frozen=True)
 class Forbidden:
-    """What a device refuses. Caps are 2^17 times smaller than the real ones: a test on the CPU can meet them."""
+    """What a device refuses. Caps are some 2^17 times smaller than the real ones: a test on the CPU can meet them.
+
+    None is below 28,800 bytes or 7,200 elements, which gradients of `tests/test_device.py`'s own tensors take.
+    """
 
     elements: int | None = None
     bytes: int | None = None

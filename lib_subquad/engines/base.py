@@ -20,7 +20,8 @@ from ..settings import Settings, shown
 
 
 class Sizes(NamedTuple):
-    """How much of a problem is scored at a time: queries, keys and heads."""
+    """How much of a problem is scored at a time: queries, keys and heads. No queries where the problem has none; its
+    gradients are asked for all the same."""
 
     queries: int
     keys: int
@@ -64,13 +65,17 @@ class Engine(Protocol):
         """How many queries `attend` is given: those of `sizes`, or more where it divides them itself."""
 
     def least_bytes(self, problem: Problem, settings: Settings) -> int:
-        """What the smallest call takes that is still efficient: no limit goes below it until memory really runs out."""
+        """What the smallest call takes that is still efficient: no limit goes below it until memory really runs out.
+        Only the engine that comes last is asked; one that holds no scores says 0."""
 
     def workspace_bytes(self, problem: Problem, sizes: Sizes) -> int:
-        """The most that a call allocates beside its output."""
+        """The most that a call allocates beside its output; where gradients will be recomputed, the statistics of all
+        queries are part of it."""
 
     def kept_bytes(self, problem: Problem, sizes: Sizes) -> int | None:
-        """The same where scores are kept for the backward pass, that pass included; None if it never keeps any."""
+        """The same where scores are kept for the backward pass, that pass included; None if it never keeps any. One
+        that does and is not DIFFERENTIABLE is asked to `attend` with gradients recorded (`torch.is_grad_enabled()`)
+        then, in operators that PyTorch differentiates, and gives no statistics; at other times nothing is recorded."""
 
     def attend(
         self,
