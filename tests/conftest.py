@@ -16,7 +16,7 @@ import torch
 
 import lib_subquad
 from lib_subquad import trust
-from lib_subquad.engines import fused
+from lib_subquad.engines import fused, order
 from lib_subquad.problem import Problem
 from tests.threads import torch_threads
 
@@ -57,6 +57,15 @@ def trusted(monkeypatch):
     """Every engine is trusted: for tests that count an engine's calls, or look at what becomes of their mistakes."""
     monkeypatch.setattr(trust, "why_not", lambda engine, problem: [])
     monkeypatch.setattr(trust, "check", lambda *call: None)
+
+
+@pytest.fixture
+def the_two():
+    """Only the engines that these tests name: what they say of reasons holds whatever others there are."""
+    before = order.engines()
+    order._change(tuple(engine for engine in before if engine.NAME in ("fused", "portable")))
+    yield
+    order._change(before)
 
 
 @pytest.fixture(scope="session")

@@ -51,15 +51,6 @@ def on(monkeypatch):
     return become
 
 
-@pytest.fixture
-def the_two():
-    """Only the engines that these tests name: what they say of reasons holds whatever others there are."""
-    before = order.engines()
-    order._change(tuple(engine for engine in before if engine.NAME in ("fused", "portable")))
-    yield
-    order._change(before)
-
-
 # ---------------------------------------------------------------------------------------------------------- engines
 
 
@@ -193,6 +184,7 @@ def test_when_one_query_row_is_too_big_the_keys_are_split(on):
     assert f"the key/value chunk size of 4096 is {made.kv_chunk} here: the largest tensor" in str(made)
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.usefixtures("fused_kernel")
 def test_the_memory_limit_overrules_sliders_in_words():
     made = plan_sd15(Settings(query_chunk=2048, kv_chunk=4000, memory_limit=50), free_bytes=7 * MIB)
@@ -206,6 +198,7 @@ def test_the_memory_limit_overrules_sliders_in_words():
     assert made.engine == "portable" and made.reasons[0] == "the fused kernel does not fit the memory limit"
 
 
+@pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize("kind", devices.RULES)
 @pytest.mark.parametrize(
     "shapes", [SD15, VAE, ((2, 8, 4096, 40), (2, 8, 77, 40), (2, 8, 77, 40)), ((32, 8, 1024, 40),) * 3]

@@ -42,7 +42,7 @@ def test_no_tensor_may_be_large(checkpointing):
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.usefixtures("fused_kernel")
+@pytest.mark.usefixtures("the_two", "fused_kernel")
 def test_a_fused_kernel_given_up_while_training(monkeypatch, peak_bytes, reentrant):
     """From then on gradients are recomputed, as they will be in the calls that remember it: in a checkpointed block the
     second forward pass saves as many tensors as the first."""

@@ -1,0 +1,1 @@
+"""What *automatic* goes by on this very device: measured here, kept in a file."""
