@@ -136,6 +136,8 @@ class _Comparison:
         able, rows = self._within_time(took, few)
         calls = {candidate: call(settings, rows) for candidate, settings in able.items()}
         for candidate, settings in able.items():
+            if time.perf_counter() + took > self.until:
+                return
             self._time(call(settings, few) if self.problem.device.type == "cpu" else calls[candidate])
         self._rounds(calls)
 
