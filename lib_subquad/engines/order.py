@@ -12,7 +12,7 @@ from .. import identity, settings
 from ..problem import Problem
 from . import fused, portable
 from .base import Engine, check_engine
-from .table import LONGEST_NAME, Found, Machine, Table, class_of
+from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
 _changes = 0
@@ -124,7 +124,17 @@ def found(problem: Problem) -> Found | None:
     if problem.grad or not _table.machines:
         return None
     it = _table.found(machine(problem.device), class_of(problem))
-    return it if it is not None and it.engine in names() else None
+    return it if it is not None and it.engine in _exact() else None
+
+
+def all_found(device: torch.device) -> dict[Class, Found]:
+    """All that was measured for this device, as it is now."""
+    return {calls: it for calls, it in _table.machines.get(machine(device), {}).items() if it.engine in _exact()}
+
+
+def _exact() -> list[str]:
+    """Whatever a file says, no other engine is taken unasked."""
+    return [engine.NAME for engine in _engines if engine.EXACT]
 
 
 @cache
@@ -132,19 +142,23 @@ def machine(device: torch.device) -> Machine:
     """For whom a finding about this device holds. Never raises."""
     ours = sys.modules[__name__.partition(".")[0]].__version__  # which imports us
     drives = _told(identity.driver, device)
-    return Machine(_told(identity.device_name, device), drives, torch.__version__, ours, _versions())
+    return Machine(_told(identity.device_name, device), drives, str(torch.__version__), ours, _versions())
 
 
 def _told(ask: Callable[[torch.device], str], device: torch.device) -> str:
     try:
-        told = ask(device)
+        told = str(ask(device))
     except Exception as error:  # a driver that does not answer drives all the same
         told = f"not told ({type(error).__name__})"
+    return _seen(told)
+
+
+def _seen(told: str) -> str:
     return "".join(letter for letter in told if letter.isprintable())[:LONGEST_NAME]
 
 
 def _versions() -> str:
-    return ", ".join(engine.NAME for engine in _engines)
+    return _seen(", ".join(engine.NAME for engine in _engines))
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:
