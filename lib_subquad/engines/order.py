@@ -15,7 +15,7 @@ from .base import Engine, check_engine
 from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
-_changes = 0
+_changes = _engine_changes = 0
 _table = Table()
 
 
@@ -74,8 +74,8 @@ def _existing(name: str) -> Engine:
 
 
 def _change(engines: tuple[Engine, ...]) -> None:
-    global _engines, _changes
-    _engines, _changes = engines, _changes + 1
+    global _engines, _changes, _engine_changes
+    _engines, _changes, _engine_changes = engines, _changes + 1, _engine_changes + 1
     machine.cache_clear()
     settings.offer_engines(names())
 
@@ -86,8 +86,13 @@ def engines() -> tuple[Engine, ...]:
 
 
 def changes() -> int:
-    """How often there has been another engine, or one less: what was found out about them before may be wrong."""
+    """How often there has been another engine, one less, or another table: plans made before may be wrong."""
     return _changes
+
+
+def engine_changes() -> int:
+    """How often there has been another engine, or one less: what was found out about them before may be wrong."""
+    return _engine_changes
 
 
 def names() -> list[str]:
