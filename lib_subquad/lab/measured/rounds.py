@@ -35,6 +35,8 @@ SECONDS_ON_A_CPU, SECONDS = 5.0, 2.0
 NEGLIGIBLE_SHARE = 0.03
 # After a first call each, whatever took this many times as long as the fastest is tried no more.
 HOPELESS = 1.25
+# Nor is what takes this many times as long for a few queries, where all of them would take this share of the time.
+VERY_SLOW, COSTLY = 4, 0.1
 MOST_ROUNDS = 25
 SHORT = 2e-3  # seconds: shorter calls are timed several in a row
 FEW = 256  # queries
@@ -186,21 +188,39 @@ class _Comparison:
         for candidate in able:
             if time.perf_counter() + took > self.until:
                 return
+            seconds = self._time(call(candidate, few))
+            if candidate is not able[0] and seconds is not None and self._is_very_slow(seconds, took, rows / few):
+                if self._is_very_slow(seconds, took, 1):
+                    continue
+                seconds = self._time(call(candidate, few))  # its libraries are loaded now
+                if seconds is None or self._is_very_slow(seconds, took, rows / few):
+                    continue
             # On a CPU a few queries are enough for caches to fill.
-            if self._time(call(candidate, few if self.problem.device.type == "cpu" else rows)) is not None:
+            if seconds is not None and self.problem.device.type != "cpu":
+                seconds = self._time(call(candidate, rows))
+            if seconds is not None:
                 calls[candidate] = call(candidate, rows)
         if calls:
             self._rounds(calls)
+
+    def _is_very_slow(self, seconds: float, of_the_first: float, times: float) -> bool:
+        """By what a few queries take, and how many times as many there are to be."""
+        left = self.until - time.perf_counter()
+        return seconds > VERY_SLOW * of_the_first and seconds * times > COSTLY * left
 
     def _first_of_all(self, call: Callable[[Candidate, int], Callable[[], Tensor]], few: int) -> float | None:
         """Seconds of the first candidate that can, for a few queries, once libraries are loaded and caches full; those
         before it are none. None where there is no such candidate, or no time."""
         for candidate in list(self.candidates):
-            if time.perf_counter() > self.until:
-                return None
-            if self._time(call(candidate, few)) is not None and (took := self._time(call(candidate, few))) is not None:
-                return took
-            del self.candidates[candidate]
+            for once_more in (True, False):
+                if time.perf_counter() > self.until:
+                    return None
+                took = self._time(call(candidate, few))
+                if took is None:
+                    del self.candidates[candidate]
+                    break
+                if not once_more:
+                    return took
         return None
 
     def _within_time(self, took: float, few: int) -> tuple[list[Candidate], int]:
@@ -220,11 +240,10 @@ class _Comparison:
                 if time.perf_counter() + (took[-1] if took else 0.0) > self.until:
                     return self._end_evenly(left)
                 seconds = self._time(calls[candidate])
-                if seconds is None:  # it computes nothing any more
-                    left = [it for it in left if it is not candidate]
-                else:
-                    took.append(seconds)
-            self._end_evenly(left)
+                if seconds is None:  # it computes nothing any more: what was given up beside it may be the fastest
+                    self.seconds = {}
+                    return self._rounds({other: call for other, call in calls.items() if other is not candidate})
+                took.append(seconds)
             if number == 0 and left:
                 fastest = min(took[0] for took in self.seconds.values())
                 left = [it for it in left if it is left[0] or self.seconds[it][0] <= HOPELESS * fastest]
