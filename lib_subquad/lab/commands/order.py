@@ -23,8 +23,7 @@ MEASURE = "--measure"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kept.add_arguments(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    parser.add_argument(
         "--forget",
         nargs="?",
         const="here",
@@ -66,7 +65,11 @@ def _show(device: torch.device, path: Path) -> None:
         print("  nothing has been measured: automatic follows fixed rules")
     for machine, others in order.table().machines.items():
         if machine != here and others:
-            print(f"Not gone by here: {len(others)} kinds of call, on {_machine_in_words(machine)}")
+            print(f"Not gone by here: {_kinds(len(others))}, on {_machine_in_words(machine)}")
+
+
+def _kinds(count: int) -> str:
+    return f"{count} {'kind' if count == 1 else 'kinds'} of call"
 
 
 def _machine_in_words(machine: Machine) -> str:
@@ -80,7 +83,7 @@ def _forget(device: torch.device, path: Path, everywhere: bool) -> int:
     count = sum(map(len, machines.values())) if everywhere else len(machines.get(here, {}))
     if not file.forget(path, None if everywhere else here):
         return 1
-    print(f"Forgotten: {count} kinds of call. Automatic follows fixed rules{'' if everywhere else ' on this device'}.")
+    print(f"Forgotten: {_kinds(count)}. Automatic follows fixed rules{'' if everywhere else ' on this device'}.")
     return 0
 
 
@@ -91,14 +94,14 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
         print("There is one way only to compute these calls here: nothing to measure.")
         return 0
     most = rounds.seconds_for(asked.device) * len(problems)
-    print(f"Measuring {len(problems)} kinds of call, for {most:.0f} s at the most")
+    print(f"Measuring {_kinds(len(problems))}, for {most:.0f} s at the most")
     start = time.perf_counter()
     found = rounds.measured(problems, asked.settings, most, lambda words: print(f"  {words}", flush=True))
     print(f"Measured in {time.perf_counter() - start:.1f} s:")
     for calls, its in found.items():
         print(f"  {calls_in_words(calls)}: {found_in_words(its)}")
     if missing := len(problems) - len(found):
-        print(f"  of {missing} kinds nothing is known: there was too little time or memory")
+        print(f"  of {_kinds(missing)} nothing is known: there was too little time or memory")
     if not found:
         return 1
     if not file.add(path, order.machine(asked.device), found):
