@@ -155,10 +155,6 @@ def _tiles(made: Plan) -> Iterator[tuple[int, int]]:
         )
 
 
-class _Dropped(Exception):
-    """A candidate did not compute the call: it is none."""
-
-
 class _Comparison:
     """One problem, computed in turn by all that can, until it is clear or its time is over."""
 
@@ -177,7 +173,7 @@ class _Comparison:
     def run(self) -> None:
         query, key, value, mask = tensors(self.problem)
 
-        def call(candidate: Candidate, rows: int) -> Callable[[], Tensor]:
+        def call(candidate: Candidate, rows: int) -> Callable[[], Tensor | None]:
             its_mask = None if mask is None else rows_of(mask, slice(rows))
             settings = self.candidates[candidate]
             return lambda: _computed(candidate, settings, query[:, :, :rows], key, value, its_mask)
@@ -187,7 +183,7 @@ class _Comparison:
         if took is None:
             return
         able, rows = self._within_time(took, few)
-        calls: dict[Candidate, Callable[[], Tensor]] = {}
+        calls: dict[Candidate, Callable[[], Tensor | None]] = {}
         for candidate in able:
             if time.perf_counter() + took > self.until:
                 return
@@ -211,7 +207,7 @@ class _Comparison:
         left = self.until - time.perf_counter()
         return seconds > VERY_SLOW * of_the_first and seconds * times > COSTLY * left
 
-    def _first_of_all(self, call: Callable[[Candidate, int], Callable[[], Tensor]], few: int) -> float | None:
+    def _first_of_all(self, call: Callable[[Candidate, int], Callable[[], Tensor | None]], few: int) -> float | None:
         """Seconds of the first candidate that can, for a few queries, once libraries are loaded and caches full; those
         before it are none. None where there is no such candidate, or no time."""
         for candidate in list(self.candidates):
@@ -234,7 +230,7 @@ class _Comparison:
         rows = few * calls_of_few / (len(able) * 2 + FEWEST_ROUNDS * 3)
         return able, min(self.problem.queries, max(few, round(rows)))
 
-    def _rounds(self, calls: dict[Candidate, Callable[[], Tensor]]) -> None:
+    def _rounds(self, calls: dict[Candidate, Callable[[], Tensor | None]]) -> None:
         """All of them side by side, every other round backwards; soon without those that are hopeless."""
         left = list(calls)
         for number in range(MOST_ROUNDS):
@@ -261,7 +257,7 @@ class _Comparison:
         whole = min((len(self.seconds.get(candidate, ())) for candidate in left), default=0)
         self.seconds = {candidate: self.seconds.get(candidate, [])[:whole] for candidate in left}
 
-    def _time(self, call: Callable[[], Tensor]) -> float | None:
+    def _time(self, call: Callable[[], Tensor | None]) -> float | None:
         """Seconds of a call; of a short one, of several in a row. None where the candidate is none."""
         device, calls = self.problem.device, 0
         try:
@@ -269,6 +265,8 @@ class _Comparison:
             start = now = time.perf_counter()
             while now - start < SHORT:
                 output = call()
+                if output is None:
+                    return None
                 meter.synchronize(device)
                 if device.type not in SYNCHRONIZED:
                     output[..., :1, :1].to("cpu")  # waits for what it is made of
@@ -283,14 +281,8 @@ class _Comparison:
 
 def _computed(
     candidate: Candidate, settings: Settings, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Tensor:
-    """The call, by this very candidate.
-
-    Raises:
-        _Dropped: another engine had to do it, because its own refused or was wrong.
-    """
+) -> Tensor | None:
+    """The call; None where another engine had to do it, because the candidate's own refused or was wrong."""
     plans: list[Plan] = []
     output = attention(query, key, value, mask=mask, settings=settings, report=plans.append)
-    if plans[0].engine != candidate.engine:
-        raise _Dropped
-    return output
+    return output if plans[0].engine == candidate.engine else None
