@@ -221,7 +221,7 @@ def test_facts_that_are_not_told(monkeypatch):
     def fail(*given):
         raise OSError("/home/someone")
 
-    for name in ("_architecture", "_pytorch", "_switches"):
+    for name in ("architecture", "_pytorch", "_switches"):
         monkeypatch.setattr(facts, name, fail)
     for name in ("device_name", "driver"):
         monkeypatch.setattr(identity, name, fail)
