@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CONSTRAINTS := requirements/gradio-$(GRADIO).txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all unit lint clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
@@ -23,12 +23,17 @@ test-all:
 	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2
 	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
 
+# The library alone, which other systems, Pythons and torches run with no more than requirements/unit.txt.
+unit: $(READY)
+	$(BIN)/python -m pytest --unit $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-$(READY): requirements/demo.txt requirements/test.txt $(CONSTRAINTS)
+$(READY): requirements/demo.txt requirements/unit.txt requirements/test.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) -r requirements/test.txt -c $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps stable-diffusion-sdkit==2.1.5
