@@ -63,7 +63,9 @@ def test_commands_exist():
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def test_lint_checks_each_file_of_the_forge_by_the_schema_of_its_kind():
-    listed = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     checked = {}
     for line in listed.stdout.splitlines():
         if "check-jsonschema --builtin-schema" in line:
