@@ -9,8 +9,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CONSTRAINTS := requirements/gradio-$(GRADIO).txt
+FORMS := $(wildcard .github/ISSUE_TEMPLATE/*.yml)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all unit lint clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
@@ -24,6 +25,10 @@ test-all:
 	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2
 	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
 
+# The library alone, which other systems, Pythons and torches run with no more than requirements/unit.txt.
+unit: $(READY)
+	$(BIN)/python -m pytest --unit $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,8 +37,12 @@ lint: $(READY)
 ifeq ($(TORCH),$(NEWEST))
 	$(BIN)/mypy
 endif
+# What a forge would say after a push only. The tool holds the schemas, those of schemastore.org.
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(FORMS))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config $(filter %/config.yml,$(FORMS))
 
-$(READY): requirements/demo.txt requirements/test.txt $(CONSTRAINTS)
+$(READY): requirements/demo.txt requirements/unit.txt requirements/test.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) -r requirements/test.txt -c $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps stable-diffusion-sdkit==2.1.5

@@ -23,9 +23,11 @@ SHAPES = [  # batch, heads, queries, keys, width
 ]
 SCALES = (1e-4, 1e-2, 1.0, 5.0, 40.0, 300.0)
 SEEDS = 10
-# Times the error of PyTorch's own. The fused kernel of the CPU sums chunks of keys as we do; torch 2.0, which has none,
-# sums all keys in one product, beside which 35 chunks of 1,100 keys are 2.3 times as far off.
-ALLOWED = 1.3 if fused.TAKES_SCALE else 2.6
+ALLOWED = 1.3  # times the error of PyTorch's own
+# Without a fused kernel for the CPU, as in torch 2.0, PyTorch's own is one product over all keys, which errs by 4.3 ulp
+# where the 35 chunks of 1,100 keys err by 9.5 in float32. With torch 2.13 ours err by 9.8, that product by 4.3 and the
+# fused kernel, which sums chunks as well, by 14.5: the yardstick is another, and ours are no further off.
+ALLOWED_BESIDE_ONE_PRODUCT = 2.6
 PLANS = {
     "automatic": Settings(),
     "query chunks": Settings(query_chunk=16),
@@ -71,6 +73,11 @@ def pytorchs(tensors, order):
     return F.scaled_dot_product_attention(*(tensor.to(compute) for tensor in (query, key, value))).to(query.dtype)
 
 
+def allowed(name, dtype) -> float:
+    chunks_beside_one_product = name == "portable chunks" and not fused.TAKES_SCALE
+    return ALLOWED_BESIDE_ONE_PRODUCT if chunks_beside_one_product and dtype == torch.float32 else ALLOWED
+
+
 def ulp(magnitude: float, dtype) -> float:
     """The distance from one number of this magnitude to the next."""
     info = torch.finfo(dtype)
@@ -102,8 +109,9 @@ def test_error_beside_pytorchs_own(reference, dtype, scale):
     for name in RATED:
         ratio, strict = (max(found[n] for found in figures if found[2] == name) for n in (0, 1))
         print(f"\n{dtype}, N(0, {scale:g}²), {name}: {ratio:.2f} x PyTorch's error ({strict:.2f} in order)", end="")
-        assert ratio <= ALLOWED, (name, figures)
-        assert strict <= ALLOWED or (name != "automatic" and BEFORE_2_13), figures
+        assert ratio <= allowed(name, dtype), (name, figures)
+        is_portable = name != "automatic" or not fused.TAKES_SCALE
+        assert strict <= ALLOWED or (is_portable and BEFORE_2_13), figures
 
 
 @pytest.mark.parametrize("plan", PLANS)

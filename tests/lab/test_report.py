@@ -170,12 +170,16 @@ def test_an_engine_that_raises_costs_its_own_rows_only(plain, where, error, monk
     def fail(*given):
         raise error
 
+    # torch 2.0 has no fused kernel for the CPU, 2.1.2 none with masks
+    found = checks.rows(CPU, lambda what: None)
+    computing = {row["engine"] for row in found if row["time"] != "–"} & set(order.names())
+    assert {"plain", "portable"} <= computing
     monkeypatch.setattr(plain, where, fail, raising=False)
     assert command_line.main(["report", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert type(error).__name__ in printed and "someone" not in printed
     lines = printed.splitlines()
-    for name in order.names()[1:]:  # torch 2.1.2 has no fused kernel with masks
+    for name in computing - {"plain"}:
         assert any(f"| {name} " in line and re.search(" [mµ]s ", line) for line in lines)
     raised = {"why_not": len(reasons.SHAPES) + len(reasons.MASKED), "fitting": len(reasons.SHAPES), "attend": 0}
     assert printed.count("| raised") == raised[where]
