@@ -66,11 +66,15 @@ def forget() -> None:
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Facts:
-    """What a plan depends on, but for free memory and what has been found to fit."""
+    """What a plan depends on, but for free memory and what has been found to fit; and strides, of which the first call
+    is looked at."""
     return (
         query.shape,
         key.shape,
         value.shape,
+        query.stride(),
+        key.stride(),
+        value.stride(),
         query.dtype,
         key.dtype,
         value.dtype,
@@ -90,7 +94,14 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
 
 
 def _facts_of_mask(mask: Tensor) -> Facts:
-    return mask.shape, mask.dtype, mask.device, mask.layout, torch.is_grad_enabled() and mask.requires_grad
+    return (
+        mask.shape,
+        mask.stride(),
+        mask.dtype,
+        mask.device,
+        mask.layout,
+        torch.is_grad_enabled() and mask.requires_grad,
+    )
 
 
 def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Problem:

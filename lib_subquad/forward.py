@@ -6,7 +6,7 @@ import contextlib
 
 from torch import Tensor
 
-from . import recorded, second
+from . import recorded, second, trust
 from .engines import order
 from .engines.base import attended
 from .retry import Chunks
@@ -40,6 +40,7 @@ def attend_chunks(
                     chunk, chunk_statistics = attended(engine, *call)
                 if chunk.requires_grad:
                     second.enable(chunk)
+            trust.check(engine, chunks.problem, *call[2:], chunk)
             if rows == slice(0, query.shape[2]):
                 return chunk, chunk_statistics
             with unseen():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from . import device as devices
-from . import memory, refusals
+from . import memory, refusals, trust
 from .engines import order
 from .engines.base import Engine, Sizes
+from .engines.table import Found
 from .problem import Problem, as_count, checked_shape
 from .settings import Settings, check_settings, shown
 
@@ -130,11 +131,15 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
 
 def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[str]]:
     """The plan of the first engine that can do it, and why those before it cannot; if none can, of the last."""
-    wanted = order.candidates(settings.engine)
-    passed_over = [f"the engine is set to {wanted[0].NAME}"] if wanted[0] is not order.engines()[0] else []
+    found = measured(problem, settings)
+    wanted = candidates(problem, settings)
+    if found is not None and found.margin > 1:
+        passed_over = [f"measured on this device: {found.margin:.2f} times as fast as what rules would take"]
+    else:
+        passed_over = [f"the engine is set to {wanted[0].NAME}"] if wanted[0] is not order.engines()[0] else []
     for engine in wanted:
         reasons = why_not(engine, problem, settings)
-        made = _of(engine, problem, settings, limit)
+        made = _of(engine, problem, settings, limit, found)
         if not reasons and made.workspace_bytes > limit and not engine.SPLITS_KEYS:
             reasons = [f"the {engine.NAME} kernel does not fit the memory limit"]
         if not reasons:
@@ -143,18 +148,39 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
     return made, passed_over
 
 
+def measured(problem: Problem, settings: Settings) -> Found | None:
+    """What was measured on this device for such calls, unless the user has chosen otherwise."""
+    chosen = settings.engine != "automatic" or settings.query_chunk or settings.kv_chunk
+    return order.found(problem) if settings.measure and not chosen else None
+
+
+def candidates(problem: Problem, settings: Settings) -> tuple[Engine, ...]:
+    """The engines to be asked in turn."""
+    found = measured(problem, settings)
+    return order.candidates(settings.engine if found is None else found.engine)
+
+
 def why_not(engine: Engine, problem: Problem, settings: Settings) -> list[str]:
     """Every reason why this engine cannot do the problem as the user wants it; empty if it can."""
     splits = 0 < settings.kv_chunk < problem.keys and not engine.SPLITS_KEYS
     by_the_user = [f"the key/value chunk size of {settings.kv_chunk} splits {problem.keys} keys"] if splits else []
     # Whoever is not called makes no node of PyTorch's graph, and so no gradients either.
     empty = ["there are no queries"] if engine.DIFFERENTIABLE and not problem.queries else []
-    return by_the_user or empty or engine.why_not(problem) or refusals.of(problem, engine.NAME)
+    return by_the_user or empty or why_it_cannot(engine, problem)
 
 
-def _of(engine: Engine, problem: Problem, settings: Settings, limit: int) -> Plan:
+def why_it_cannot(engine: Engine, problem: Problem) -> list[str]:
+    """Every reason that is the engine's own: what it says of itself, or what has been found out about it."""
+    return engine.why_not(problem) or refusals.of(problem, engine.NAME) or trust.why_not(engine, problem)
+
+
+def _of(engine: Engine, problem: Problem, settings: Settings, limit: int, found: Found | None) -> Plan:
+    tile = found if found is not None and found.engine == engine.NAME and found.has_tile else None
+    if tile is not None:
+        settings = replace(settings, query_chunk=tile.query_chunk, kv_chunk=tile.kv_chunk)
     sizes, reasons = engine.fitting(problem, settings, limit)
-    return Plan(engine.NAME, *sizes, engine.workspace_bytes(problem, sizes), tuple(reasons))
+    # Whoever set no sizes need not read that they had to give way.
+    return Plan(engine.NAME, *sizes, engine.workspace_bytes(problem, sizes), () if tile else tuple(reasons))
 
 
 def limit_bytes(problem: Problem, settings: Settings, free_bytes: int) -> int:

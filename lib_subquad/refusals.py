@@ -14,7 +14,7 @@ from . import console
 from . import device as devices
 from .problem import Problem
 
-# Words of errors after which the device computes nothing more until the process ends, or nothing that can be trusted.
+# Words of such errors.
 FATAL_TEXTS = (
     "illegal memory access",
     "illegal address",
@@ -38,24 +38,38 @@ ADVICE = "to enable device-side assertions"
 # raises through a kernel.
 REFUSING = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
 
+
+class WrongResult(RuntimeError):
+    """What an engine computed is not what it should be; the message says which, and by how much."""
+
+
 _refused: dict[tuple[Problem, str, tuple[bool, ...]], str] = {}
 
 
 def is_refusal(error: Exception) -> bool:
     """Whether an engine's kernel says no to this call, and another one may still do it."""
-    if type(error) not in REFUSING or devices.is_out_of_memory(error) or _is_captured():
+    if isinstance(error, WrongResult):
+        return True
+    if type(error) not in REFUSING or devices.is_out_of_memory(error) or is_captured():
         return False
+    return not is_fatal(error)
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the device computes nothing more after it that could be trusted."""
     text = str(error).lower().replace(ADVICE, "")
-    return not any(fatal in text for fatal in FATAL_TEXTS)
+    return any(fatal in text for fatal in FATAL_TEXTS)
 
 
-def _is_captured() -> bool:
+def is_captured() -> bool:
     """Whether a CUDA graph is being captured, which an error ends."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def reason(engine: str, error: Exception) -> str:
     """Why this engine gave way, in words."""
+    if isinstance(error, WrongResult):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"the {engine} kernel refused these sizes: {lines[0] if lines else type(error).__name__}"
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
-from . import console, memory, recorded, refusals
+from . import console, memory, recorded, refusals, trust
 from . import device as devices
 from .engines import order
-from .plan import Plan, limit_bytes, plan_problem, with_sizes
+from .plan import Plan, candidates, limit_bytes, plan_problem, why_it_cannot, with_sizes
 from .problem import Problem
 from .settings import Settings
 
@@ -44,6 +44,7 @@ def forget() -> None:
     _remembered.clear()
     _left_to_pytorch.clear()
     refusals.forget()
+    trust.forget()
     memory.forget()
     warn_once.cache_clear()
 
@@ -220,13 +221,13 @@ def halved(problem: Problem, plan: Plan, settings: Settings, backward: bool = Fa
 def next_engine(problem: Problem, plan: Plan, settings: Settings, backward: bool = False) -> Plan | None:
     """The plan with the exact engine after its own, by what the user wants, that can do the problem; in the backward
     pass with one that recomputes gradients. None where there is none."""
-    engines, current = order.candidates(settings.engine), order.named(plan.engine)
+    engines, current = candidates(problem, settings), order.named(plan.engine)
     if not (backward and current.DIFFERENTIABLE):
         engines = engines[engines.index(current) + 1 :]
     for engine in engines:
         if backward and engine.DIFFERENTIABLE:
             continue
-        if engine.EXACT and not engine.why_not(problem) and (backward or not refusals.of(problem, engine.NAME)):
+        if engine.EXACT and not (engine.why_not(problem) if backward else why_it_cannot(engine, problem)):
             return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))
     return None
 

@@ -136,6 +136,12 @@ OPTIONS: dict[str, Option] = {
         "Use it in the VAE too",
         "Also take over the VAE's attention, whose one wide head needs the most memory of a large image.",
     ),
+    "measure": Option(
+        True,
+        "Measure engines on this device",
+        "Before the first image of a new size the exact engines are timed for a few seconds, and 'automatic' takes the "
+        "fastest from then on. Off: it follows fixed rules, and nothing is measured.",
+    ),
     "retry": Option(
         True,
         "Retry when out of memory",
@@ -174,6 +180,7 @@ class Settings:
     checkpointing: str = OPTIONS["checkpointing"].default
     upcast: str = OPTIONS["upcast"].default
     vae: bool = OPTIONS["vae"].default
+    measure: bool = OPTIONS["measure"].default
     retry: bool = OPTIONS["retry"].default
 
     def __post_init__(self) -> None:

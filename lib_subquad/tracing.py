@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import trust
 from .engines import order
 from .plan import Plan
 from .problem import HALF_DTYPES
@@ -66,6 +67,7 @@ def attend_traced(
     able = [engine for engine in order.candidates(settings.engine) if not engine.why_not_traced(query.device, mask)]
     if is_compiling():  # reads this very code, so that nothing outside it must be touched
         return able[0].attend_traced(*given).to(value.dtype)
+    able = [engine for engine in able if not trust.is_distrusted(engine, query.device)] or able[-1:]
     for engine in able:
         try:
             output = engine.attend_traced(*given)

@@ -341,7 +341,7 @@ def test_in_its_place_nobody_goes_in_circles(monkeypatch, who):
     assert len(calls) < 20
 
 
-@pytest.mark.usefixtures("fused_kernel")
+@pytest.mark.usefixtures("fused_kernel", "trusted")
 def test_others_in_its_place_are_asked(monkeypatch):
     query, key, value = torch.randn(3, 1, 2, 20, 8)
     own, asked = F.scaled_dot_product_attention, []

@@ -20,6 +20,8 @@ from lib_subquad.plan import plan_problem
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("trusted")  # calls are counted
+
 LIBRARY = Path(__file__).parents[1] / "lib_subquad"
 SHAPE = (1, 2, 512, 8)
 CPU = torch.device("cpu")

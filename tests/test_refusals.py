@@ -14,6 +14,8 @@ from lib_subquad import Settings, attention, plan, refusals
 from lib_subquad import device as devices
 from lib_subquad.engines import order
 
+pytestmark = pytest.mark.usefixtures("trusted")  # engines fail in the middle of a call
+
 SHAPE = (1, 2, 96, 8)
 NO = "CUDA error: invalid configuration argument\nCompile with TORCH_USE_CUDA_DSA"
 CALLS = 5000  # in each of two threads

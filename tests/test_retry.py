@@ -288,7 +288,7 @@ def test_a_call_that_is_planned_while_another_finds_smaller_sizes(monkeypatch, g
     assert plans[0].sizes == sizes[2] != sizes[0]
 
 
-@pytest.mark.usefixtures("fused_kernel")
+@pytest.mark.usefixtures("fused_kernel", "trusted")
 def test_smaller_sizes_are_remembered_for_pytorchs_switches_as_they_were(monkeypatch):
     state = ["flash"]
     monkeypatch.setattr(devices, "_SWITCHES", [lambda: state[0]])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib_subquad import device as devices
+from lib_subquad import identity
 from lib_subquad.lab import machine
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,7 @@ def test_free_memory_is_asked_of_windows(bare_system, answers):
 
 
 def test_what_the_processors_do_is_not_told(bare_system):
-    assert machine.processor_seconds() is None and machine.load() is None and machine.device_name("cpu")
+    assert machine.processor_seconds() is None and machine.load() is None and identity.processor.__wrapped__()
 
 
 def test_processor_seconds_need_sysconf(monkeypatch, tmp_path):

@@ -145,6 +145,10 @@ def _functions(protocol: type) -> list[str]:
     return [name for name, it in vars(protocol).items() if callable(it) and not name.startswith("_")]
 
 
+class ContractError(TypeError):
+    """An engine gave what `Engine.attend` does not return; the message says what, and what was expected."""
+
+
 def attended(
     engine: Engine,
     problem: Problem,
@@ -158,13 +162,13 @@ def attended(
     """`engine.attend`, and a look at what it gives.
 
     Raises:
-        TypeError: it is not what `Engine.attend` returns; the message says what it is and what was expected.
+        ContractError: it is not what `Engine.attend` returns.
     """
     found = engine.attend(problem, sizes, query, key, value, mask, scale)
     wrong = _wrong(engine, problem, found, query.shape[:3], value.shape[3])
     if wrong:
         memory.forget()  # so that the next call is not taken for one that is known
-        raise TypeError(f"the engine {engine.NAME} gave {wrong}")
+        raise ContractError(f"the engine {engine.NAME} gave {wrong}")
     return found
 
 

@@ -1,13 +1,22 @@
-"""Which engines there are, and which comes first."""
+"""Which engines there are, and which comes first: by a fixed order, or by what was measured on a device."""
 
 from __future__ import annotations
 
-from .. import settings
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from .. import identity, settings
+from ..problem import Problem
 from . import fused, portable
 from .base import Engine, check_engine
+from .table import LONGEST_NAME, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
 _changes = 0
+_table = Table()
 
 
 def register(engine: Engine, before: str | None = None) -> None:
@@ -67,6 +76,7 @@ def _existing(name: str) -> Engine:
 def _change(engines: tuple[Engine, ...]) -> None:
     global _engines, _changes
     _engines, _changes = engines, _changes + 1
+    machine.cache_clear()
     settings.offer_engines(names())
 
 
@@ -94,6 +104,47 @@ def named(name: str) -> Engine:
         if engine.NAME == name:
             return engine
     raise KeyError(name)
+
+
+def go_by(table: Table) -> None:
+    """What *automatic* goes by from now on where the fixed order would leave a choice."""
+    global _table, _changes
+    if table != _table:
+        _table, _changes = table, _changes + 1
+
+
+def table() -> Table:
+    """What it goes by now."""
+    return _table
+
+
+def found(problem: Problem) -> Found | None:
+    """What was measured for calls of this class on this very machine; None where nothing was, or for one of which
+    gradients are wanted: whoever recomputes them must find the same engine."""
+    if problem.grad or not _table.machines:
+        return None
+    it = _table.found(machine(problem.device), class_of(problem))
+    return it if it is not None and it.engine in names() else None
+
+
+@cache
+def machine(device: torch.device) -> Machine:
+    """For whom a finding about this device holds. Never raises."""
+    ours = sys.modules[__name__.partition(".")[0]].__version__  # which imports us
+    drives = _told(identity.driver, device)
+    return Machine(_told(identity.device_name, device), drives, torch.__version__, ours, _versions())
+
+
+def _told(ask: Callable[[torch.device], str], device: torch.device) -> str:
+    try:
+        told = ask(device)
+    except Exception as error:  # a driver that does not answer drives all the same
+        told = f"not told ({type(error).__name__})"
+    return "".join(letter for letter in told if letter.isprintable())[:LONGEST_NAME]
+
+
+def _versions() -> str:
+    return ", ".join(engine.NAME for engine in _engines)
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-import subprocess
-import sys
 
 import torch
+
+from .. import identity
 
 
 def environment(device: str, threads: int | None = None) -> dict[str, object]:
     """What a measurement depends on beside its arguments."""
     return {
-        "device": device_name(device),
+        "device": identity.device_name(torch.device(device)),
         "threads": (threads or torch.get_num_threads()) if torch.device(device).type == "cpu" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
         "load": load(),
     }
-
-
-def device_name(device: str) -> str:
-    kind = torch.device(device).type
-    if kind in ("cuda", "xpu"):
-        return getattr(torch, kind).get_device_name(device)
-    if kind == "privateuseone" and "torch_directml" in sys.modules:
-        return sys.modules["torch_directml"].device_name(torch.device(device).index or 0).rstrip("\0 ")
-    return _processor() if kind in ("cpu", "mps") else kind  # Apple's are one chip
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS, whose platform.processor() is "arm"
-        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=20, check=True)
-        return done.stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 def load() -> float | None:

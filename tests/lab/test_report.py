@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from lib_subquad import __main__ as command_line
-from lib_subquad import __version__
+from lib_subquad import __version__, identity
 from lib_subquad import device as devices
 from lib_subquad.engines import order
-from lib_subquad.lab import anonymous, machine
+from lib_subquad.lab import anonymous
 from lib_subquad.lab.bench.shapes import Shape
 from lib_subquad.lab.commands import arguments
 from lib_subquad.lab.survey import checks, facts, reasons
@@ -61,7 +61,7 @@ def reported(tmp_path_factory):
 def test_it_tells_what_a_device_report_needs(reported):
     for words in (
         f"| subquad             | {__version__} ",
-        machine.device_name("cpu"),
+        identity.processor(),
         f"{torch.__version__}, built for ",
         platform.python_version(),
         "flash on, mem_efficient on",
@@ -133,7 +133,7 @@ def test_words_without_places_and_names(text, told, jane):
 
 
 @pytest.fixture
-def plain(monkeypatch):
+def plain(monkeypatch, trusted):
     monkeypatch.setattr(checks, "shapes", lambda device: ((SMALL, False), (SMALL, True)))
     monkeypatch.setattr(checks, "dtypes", lambda device: (torch.float32,))
     monkeypatch.setattr(checks, "TIMED_SECONDS", 0)
@@ -221,9 +221,10 @@ def test_facts_that_are_not_told(monkeypatch):
     def fail(*given):
         raise OSError("/home/someone")
 
-    for name in ("_architecture", "_driver", "_pytorch", "_switches"):
+    for name in ("_architecture", "_pytorch", "_switches"):
         monkeypatch.setattr(facts, name, fail)
-    monkeypatch.setattr(machine, "device_name", fail)
+    for name in ("device_name", "driver"):
+        monkeypatch.setattr(identity, name, fail)
     monkeypatch.setattr(devices, "free_bytes", lambda device: devices.UNKNOWN_FREE_BYTES)
     told = dict(facts.facts(CPU))
     assert told["Driver"] == told["Device"] == "not told (OSError)"
@@ -251,7 +252,8 @@ def test_the_driver_of_a_cuda_device(monkeypatch):
     done = SimpleNamespace(stdout="580.95.05\n580.95.05\n")
     monkeypatch.setattr(subprocess, "run", lambda command, **more: asked.append(command) or done)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert facts._driver(torch.device("cuda")) == "NVIDIA 580.95.05" and asked[0][0] == "nvidia-smi"
+    identity._nvidia.cache_clear()
+    assert identity.driver(torch.device("cuda")) == "NVIDIA 580.95.05" and asked[0][0] == "nvidia-smi"
 
 
 def test_a_directml_device_is_found_and_named(monkeypatch):
@@ -264,7 +266,7 @@ def test_a_directml_device_is_found_and_named(monkeypatch):
     assert arguments.best_device() == CPU
     monkeypatch.setitem(sys.modules, "torch_directml", card)
     assert arguments.best_device() == torch.device("privateuseone", 0)
-    assert machine.device_name("privateuseone:0") == "RX 0"
+    assert identity.device_name(torch.device("privateuseone:0")) == "RX 0"
 
 
 def test_intels_own_package_brings_xpu_to_older_torch(monkeypatch):
@@ -279,7 +281,11 @@ def test_intels_own_package_brings_xpu_to_older_torch(monkeypatch):
 def test_an_apple_chip_has_its_name(monkeypatch):
     monkeypatch.setattr("builtins.open", lambda *given, **more: (_ for _ in ()).throw(FileNotFoundError()))
     monkeypatch.setattr(subprocess, "run", lambda command, **more: SimpleNamespace(stdout="Apple M2\n"))
-    assert machine.device_name("mps") == machine.device_name("cpu") == "Apple M2"
+    identity.processor.cache_clear()
+    try:
+        assert {identity.device_name(torch.device(name)) for name in ("mps", "cpu")} == {"Apple M2"}
+    finally:
+        identity.processor.cache_clear()
 
 
 def test_a_console_that_shows_ascii_only(plain, monkeypatch):

@@ -7,14 +7,13 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ... import __version__
+from ... import __version__, identity
 from ... import device as devices
-from .. import machine, tables
+from .. import tables
 from ..anonymous import anonymous
 
 NOT_TOLD = "not told"
@@ -54,15 +53,15 @@ def facts(device: torch.device) -> list[tuple[str, str]]:
     """(what, its value) of all that a device's behaviour may depend on. Never raises."""
     return [
         ("subquad", __version__),
-        ("Device", _safe(lambda: f"{machine.device_name(str(device))} ({device})")),
+        ("Device", _safe(lambda: f"{identity.device_name(device)} ({device})")),
         ("Architecture", _safe(lambda: _architecture(device))),
         ("Memory", _safe(lambda: _memory(device))),
-        ("Driver", _safe(lambda: _driver(device))),
+        ("Driver", _safe(lambda: identity.driver(device))),
         ("PyTorch", _safe(_pytorch)),
         ("Beside it", _safe(_packages)),
         ("Python", _safe(lambda: f"{platform.python_implementation()} {platform.python_version()}")),
         ("System", _safe(lambda: anonymous(f"{platform.system()} {platform.release()}, {platform.machine()}"))),
-        ("Processor", _safe(lambda: f"{machine.device_name('cpu')}, {torch.get_num_threads()} threads")),
+        ("Processor", _safe(lambda: f"{identity.processor()}, {torch.get_num_threads()} threads")),
         ("PyTorch's kernels", _safe(_switches)),
         ("Rules of the device", _safe(lambda: _rules(device))),
         ("Environment", _safe(_variables)),
@@ -92,25 +91,6 @@ def _memory(device: torch.device) -> str:
     if devices.UNKNOWN_FREE_BYTES in (free, total):
         return f"{NOT_TOLD}; {tables.memory(devices.UNKNOWN_FREE_BYTES)} are taken to be free"
     return f"{tables.memory(free)} free of {tables.memory(total)}"
-
-
-def _driver(device: torch.device) -> str:
-    if device.type == "cuda" and torch.version.hip:
-        with contextlib.suppress(OSError), open("/sys/module/amdgpu/version") as file:  # AMD's own has one
-            return f"amdgpu {file.read().strip()}"
-        return ""
-    if device.type == "cuda":
-        return f"NVIDIA {_first_line('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')}"
-    if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).driver_version
-    if device.type == "mps":
-        return f"macOS {platform.mac_ver()[0]}"
-    return "none" if device.type == "cpu" else ""
-
-
-def _first_line(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True)
-    return done.stdout.strip().splitlines()[0].strip()
 
 
 def _pytorch() -> str:

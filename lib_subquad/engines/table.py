@@ -1,0 +1,206 @@
+"""What was measured on a device: which engine, and which tile of it, is fastest for a class of calls. Pure.
+
+A table is a value: the same one gives the same choice. It holds findings of several machines, for a file moves with its
+folder from one to the next, and the same computer may have two cards and two versions of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..problem import Problem
+from ..settings import CHUNK_MAX, shown
+
+# The fixed order is changed for what takes less than this share of its choice's time, in as many rounds.
+CLEAR = 0.95
+AGREEING = 0.8
+FEWEST_ROUNDS = 3
+
+FORMAT = 1
+LARGEST_FILE = 1 << 20  # bytes
+MOST_MACHINES, MOST_FOUND = 16, 512
+LONGEST_NAME = 200  # characters
+LARGEST_CLASS, WIDEST, GREATEST_MARGIN = 40, 1 << 16, 1e6
+
+
+class Machine(NamedTuple):
+    """For whom a finding holds: measured again when any of this changes. `engines` are those that can be had, each with
+    its version where it has one of its own."""
+
+    device: str
+    driver: str
+    torch: str
+    subquad: str
+    engines: str
+
+
+class Class(NamedTuple):
+    """Calls that one finding holds for: dtypes by name, widths as they are; numbers of heads (of a whole batch) and of
+    tokens by the nearest power of two, as its exponent."""
+
+    dtype: str
+    value_dtype: str
+    width: int
+    value_width: int
+    mask: str
+    heads: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest engine, its chunk sizes (0: those that it picks itself), and how many times as fast it is as what the
+    fixed order would take: 1 where that is the fastest, or none is clearly faster."""
+
+    engine: str
+    query_chunk: int = 0
+    kv_chunk: int = 0
+    margin: float = 1.0
+
+    @property
+    def has_tile(self) -> bool:
+        return bool(self.query_chunk or self.kv_chunk)
+
+
+class Candidate(NamedTuple):
+    engine: str
+    query_chunk: int = 0
+    kv_chunk: int = 0
+
+
+def class_of(problem: Problem) -> Class:
+    return Class(
+        _name(problem.upcast_dtype),
+        _name(problem.value_dtype),
+        problem.width,
+        problem.value_width,
+        "none" if problem.mask is None else _name(problem.mask_dtype),
+        _power(problem.batch * problem.heads),
+        _power(problem.queries),
+        _power(problem.keys),
+    )
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _power(number: int) -> int:
+    return round(math.log2(max(number, 1)))
+
+
+def choose(seconds: Mapping[Candidate, Sequence[float]]) -> Found | None:
+    """The fastest of what was measured in rounds, the fixed order's choice first; None where there were too few rounds.
+
+    Another one is taken if it is clearly faster than the first: by the median of the rounds' ratios, and in nearly all
+    of them, so that load which comes and goes decides nothing.
+    """
+    first, *others = seconds
+    if len(seconds[first]) < FEWEST_ROUNDS:
+        return None
+    best, best_ratio = first, 1.0
+    for other in others:
+        ratios = [mine / its for mine, its in zip(seconds[other], seconds[first])]
+        clear = len(ratios) >= FEWEST_ROUNDS and sum(ratio <= CLEAR for ratio in ratios) >= AGREEING * len(ratios)
+        if clear and statistics.median(ratios) < min(best_ratio, CLEAR):
+            best, best_ratio = other, statistics.median(ratios)
+    return Found(*best, margin=round(1 / best_ratio, 2))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was found, by machine and class of call; the machine that was measured last comes last."""
+
+    machines: dict[Machine, dict[Class, Found]] = field(default_factory=dict)
+
+    def found(self, machine: Machine, calls: Class) -> Found | None:
+        return self.machines.get(machine, {}).get(calls)
+
+    def with_found(self, machine: Machine, found: Mapping[Class, Found]) -> Table:
+        """A table that has these as well; the oldest go where there are too many."""
+        its = {**self.machines.get(machine, {}), **found}
+        its = dict(list(its.items())[-MOST_FOUND:])
+        others = [(other, them) for other, them in self.machines.items() if other != machine]
+        return Table(dict([*others[1 - MOST_MACHINES :], (machine, its)]))
+
+    def without(self, machine: Machine) -> Table:
+        return Table({other: found for other, found in self.machines.items() if other != machine})
+
+    def to_json(self) -> str:
+        machines = [
+            machine._asdict() | {"found": [calls._asdict() | dataclasses.asdict(it) for calls, it in found.items()]}
+            for machine, found in self.machines.items()
+        ]
+        return json.dumps({"format": FORMAT, "machines": machines}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """The table that `to_json` wrote.
+
+        Raises:
+            ValueError: it is no such text, or has a value out of its range; the message says which.
+        """
+        if len(text) > LARGEST_FILE:
+            raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
+        try:
+            read = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is no JSON ({type(error).__name__})") from None
+        given = _fields(read, "the file", format=int, machines=list)
+        if given["format"] != FORMAT:
+            raise ValueError(f"its format is {shown(given['format'])}; expected {FORMAT}")
+        if len(given["machines"]) > MOST_MACHINES:
+            raise ValueError(f"it has more than {MOST_MACHINES} machines")
+        return cls(dict(_machine(it) for it in given["machines"]))
+
+
+def _machine(given: Any) -> tuple[Machine, dict[Class, Found]]:
+    names = dict.fromkeys(Machine._fields, str)
+    read = _fields(given, "a machine", **names, found=list)
+    if len(read["found"]) > MOST_FOUND:
+        raise ValueError(f"a machine has more than {MOST_FOUND} findings")
+    return Machine(*(_word(read[name], name) for name in names)), dict(_found(it) for it in read["found"])
+
+
+def _found(given: Any) -> tuple[Class, Found]:
+    kinds = {"dtype": str, "value_dtype": str, "mask": str, "engine": str}
+    whole = ("width", "value_width", "heads", "queries", "keys", "query_chunk", "kv_chunk")
+    read = _fields(given, "a finding", **kinds, **dict.fromkeys(whole, int), margin=(int, float))
+    for name in kinds:
+        _word(read[name], name)
+    most = dict.fromkeys(whole, LARGEST_CLASS) | {"width": WIDEST, "value_width": WIDEST}
+    most |= {"query_chunk": CHUNK_MAX, "kv_chunk": CHUNK_MAX}
+    for name in whole:
+        if not 0 <= read[name] <= most[name]:
+            raise ValueError(f"{name} is {shown(read[name])}; expected 0 to {most[name]}")
+    if not 1 <= read["margin"] <= GREATEST_MARGIN:  # NaN is not either
+        raise ValueError(f"margin is {shown(read['margin'])}; expected at least 1")
+    calls = Class(*(read[name] for name in Class._fields))
+    return calls, Found(read["engine"], read["query_chunk"], read["kv_chunk"], float(read["margin"]))
+
+
+def _fields(given: Any, what: str, **kinds: Any) -> dict[str, Any]:
+    """Those fields of a dictionary, each of its kind.
+
+    Raises:
+        ValueError: it is none, or one is missing or of another kind.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} is {shown(given)}; expected fields with names")
+    for name, kind in kinds.items():
+        if not isinstance(given.get(name), kind) or isinstance(given.get(name), bool):
+            raise ValueError(f"{name} of {what} is {shown(given.get(name))}")
+    return given
+
+
+def _word(text: str, name: str) -> str:
+    if len(text) > LONGEST_NAME or not text.isprintable():
+        raise ValueError(f"{name} is {shown(text)}; expected at most {LONGEST_NAME} characters, all to be seen")
+    return text
