@@ -180,8 +180,8 @@ def device(name: str) -> torch.device:
         # With a name, which may be its own: only then PyTorch computes gradients there.
         backend_registration._setup_privateuseone_for_python_backend(kind)
         _library = torch.library.Library("aten", "IMPL")  # what it registers goes with it
-        for operator, made in (("empty.memory_format", _empty), ("empty_strided", _empty_strided)):
-            _library.impl(operator, made, "PrivateUse1")
+        for operator, function in PLAIN.items():
+            _library.impl(operator, function, "PrivateUse1")
         _library.impl("scaled_dot_product_attention", _scaled_dot_product_attention, "AutogradPrivateUse1")
     _card_kernel = None if name == DIRECTML else KERNELS[name]()
     lib_subquad.forget()
@@ -272,6 +272,16 @@ def _empty(size: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Ten
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     return OnDevice(torch.empty_strided(size, stride, dtype=dtype), device)
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _inside(target).copy_(_inside(source))
+    return target
+
+
+# What PyTorch asks a device for where no tensor of it is given, or where it looks past the class of tensors: an index
+# that is a list, for one.
+PLAIN = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "_copy_from": _copy_from}
 
 
 # ------------------------------------------------------------------- attention, as PyTorch takes it to an accelerator
