@@ -5,12 +5,14 @@ TORCH ?= $(NEWEST)
 GRADIO ?= 3.41
 VENV ?= .venv
 ARGS ?=
+DEVICE ?=
+DEVICE_PYTHON ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CONSTRAINTS := requirements/gradio-$(GRADIO).txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all device lint clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
@@ -23,6 +25,10 @@ test-all:
 	$(MAKE) test
 	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2
 	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
+
+# On the best accelerator here, or on DEVICE. DEVICE_PYTHON is another Python whose torch knows it, such as the web UI's.
+device: $(if $(DEVICE_PYTHON),,$(READY))
+	$(or $(DEVICE_PYTHON),$(BIN)/python) -m tools.device $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
