@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 import lib_subquad
 from lib_subquad import device as devices
+from lib_subquad.lab import machine
 from tests import stand_in
 
 HELP = "where tests of numbers compute: cpu, cuda, cuda:1, mps, xpu, or a stand-in of tests/stand_in.py"
@@ -36,6 +37,7 @@ def use(name: str) -> None:
     _stands_in = name in stand_in.NAMES
     if _stands_in and stand_in.why_not():
         raise pytest.UsageError(stand_in.why_not())
+    machine.bring_backend(name)
     try:
         _device = stand_in.device(name) if _stands_in else torch.device(name)
         torch.ones(8, device=_device).sum().item()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lib_subquad import Settings, attention
 from lib_subquad import device as devices
+from lib_subquad.lab import meter
 from tests import stand_in
 from tests.stand_ins.calls import drawn, what_is_wrong
 
@@ -45,6 +46,13 @@ def test_a_call_stays_on_the_device(directml, settings, grad):
     assert "bmm" in operators or "baddbmm" in operators
     assert not BROUGHT_HERE & set(operators)
     assert not [name for name in operators if "scaled_dot_product" in name]
+
+
+def test_a_measurement_waits_for_what_was_asked_of_the_device(directml):
+    """It has no function for that; a number that is fetched comes after all that was asked before."""
+    with stand_in.watched() as operators:
+        meter.measure(lambda: torch.ones(2, device=directml) + 1, directml)
+    assert "_to_copy" in operators[operators.index("add") :]
 
 
 def test_random_calls(directml, reference):
