@@ -5,13 +5,15 @@ TORCH ?= $(NEWEST)
 GRADIO ?= 3.41
 VENV ?= .venv
 ARGS ?=
+DEVICE ?=
+DEVICE_PYTHON ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CONSTRAINTS := requirements/gradio-$(GRADIO).txt
 FORMS := $(wildcard .github/ISSUE_TEMPLATE/*.yml)
 
-.PHONY: demo test test-all unit lint clean
+.PHONY: demo test test-all unit device lint clean
 
 demo: $(READY)
 	$(BIN)/python -m demo $(ARGS)
@@ -28,6 +30,10 @@ test-all:
 # The library alone, which other systems, Pythons and torches run with no more than requirements/unit.txt.
 unit: $(READY)
 	$(BIN)/python -m pytest --unit $(ARGS)
+
+# On the best accelerator here, or on DEVICE. DEVICE_PYTHON is another Python whose torch knows it, such as the web UI's.
+device: $(if $(DEVICE_PYTHON),,$(READY))
+	$(or $(DEVICE_PYTHON),$(BIN)/python) -m tools.device $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -66,8 +66,8 @@ def forget() -> None:
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Facts:
-    """What a plan depends on, but for free memory and what has been found to fit; and strides, which dense tensors alone
-    have, for the first call of each is looked at."""
+    """What a plan depends on, but for free memory and what has been found to fit; and strides, which only dense tensors
+    have: the first call of each is looked at."""
     return (
         query.shape,
         key.shape,

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from lib_subquad import Settings, attention
+from lib_subquad import Settings
 from lib_subquad.engines import order
+from tests.devices import attention
 
 CHUNKED = {"query_chunk": 3, "kv_chunk": 5}
 

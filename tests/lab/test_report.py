@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import getpass
 import io
 import os
@@ -19,8 +21,10 @@ from lib_subquad import __main__ as command_line
 from lib_subquad import __version__, identity
 from lib_subquad import device as devices
 from lib_subquad.engines import order
-from lib_subquad.lab import anonymous
+from lib_subquad.lab import anonymous, machine
+from lib_subquad.lab.bench import measure
 from lib_subquad.lab.bench.shapes import Shape
+from lib_subquad.lab.bench.work import Job
 from lib_subquad.lab.commands import arguments
 from lib_subquad.lab.survey import checks, facts, reasons
 from tests.test_engines import Plain
@@ -271,6 +275,18 @@ def test_a_directml_device_is_found_and_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_directml", card)
     assert arguments.best_device() == torch.device("privateuseone", 0)
     assert identity.device_name(torch.device("privateuseone:0")) == "RX 0"
+
+
+def test_directmls_package_is_imported_where_its_device_is_named(monkeypatch):
+    """By the command, and by the process of its own in which `bench` measures."""
+    asked = []
+    monkeypatch.setattr(machine.importlib, "import_module", asked.append)
+    with pytest.raises(argparse.ArgumentTypeError):  # the package is not here
+        arguments.device("privateuseone:0")
+    measure._answer(dataclasses.asdict(Job("sdpa", Shape("", 1, 1, 8, 8, 8), device="privateuseone:0")))
+    assert asked == ["torch_directml"] * 2
+    arguments.device("cpu")
+    assert len(asked) == 2
 
 
 def test_intels_own_package_brings_xpu_to_older_torch(monkeypatch):
