@@ -90,7 +90,14 @@ UNIT = [
 def test_unit_tests_need_no_package_that_is_not_installed_for_them(path):
     listed = (ROOT / "requirements" / "unit.txt").read_text(encoding="utf-8").splitlines()
     packages = {re.split("[=<>]", line)[0] for line in listed if not line.startswith("#")}
-    known = {"torch", "lib_subquad", "tests", *sys.stdlib_module_names, *(NAMES.get(name, name) for name in packages)}
+    known = {
+        "torch",
+        "lib_subquad",
+        "tests",
+        "tools",
+        *sys.stdlib_module_names,
+        *(NAMES.get(name, name) for name in packages),
+    }
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         for name in imported(node):
             assert name.split(".")[0] in known, f"line {node.lineno}: {name}"
