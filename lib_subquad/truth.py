@@ -45,7 +45,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         moves each product of a score by a unit, in either direction, and so the score by the root of the sum of their
         squares; softmax of scores that are moved by d differs by a factor of exp(2d) at the most.
     """
-    query = _exact(query) * scale
+    units = unit(key), unit(value)
+    query, key, value = _exact(query) * scale, key.detach().to("cpu"), value.detach().to("cpu")
     scores = query.new_empty(query.shape[0], key.shape[0])
     products = query.new_zeros(query.shape[0], 1)
     block = max(BLOCK // max(key.shape[-1], value.shape[-1]), 1)
@@ -64,8 +65,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         values = _exact(value[start : start + block])
         rows += weights[:, start : start + block] @ values
         largest = max(largest, values.abs().max().item())
-    moved = SLACK * unit(key) * (products + 1)
-    return Truth(rows, (torch.expm1(2 * moved) + SLACK * unit(value)) * largest)
+    moved = SLACK * units[0] * (products + 1)
+    return Truth(rows, (torch.expm1(2 * moved) + SLACK * units[1]) * largest)
 
 
 def gradients(
