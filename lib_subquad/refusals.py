@@ -43,15 +43,10 @@ _refused: dict[tuple[Problem, str, tuple[bool, ...]], str] = {}
 
 def is_refusal(error: Exception) -> bool:
     """Whether an engine's kernel says no to this call, and another one may still do it."""
-    if type(error) not in REFUSING or devices.is_out_of_memory(error) or _is_captured():
+    if type(error) not in REFUSING or devices.is_out_of_memory(error) or devices.is_captured():
         return False
     text = str(error).lower().replace(ADVICE, "")
     return not any(fatal in text for fatal in FATAL_TEXTS)
-
-
-def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured, which an error ends."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def reason(engine: str, error: Exception) -> str:
