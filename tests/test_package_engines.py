@@ -404,7 +404,7 @@ def test_memory_that_runs_out_in_it_is_no_refusal(install, monkeypatch):
 
     def short(query, *arguments, **more):
         if query.shape[1] > 300:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            raise torch.cuda.OutOfMemoryError("tried to allocate 2 GiB")
         return called(query, *arguments, **more)
 
     monkeypatch.setattr(module, "flash_attn_func", short)
@@ -520,6 +520,16 @@ def test_another_one_is_traced(name, how, install, reference):
         module.calls.clear()
     assert not module.calls
     torch.testing.assert_close(found.double(), reference(query, key, value), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_said_of_tensors_without_numbers_is_not_remembered(name, install):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    engine, _ = install(name)
+    with FakeTensorMode():
+        assert "does not say whether it has a kernel (RuntimeError)" in engine.why_not(problem())[0]
+    assert engine.why_not(problem()) == []
 
 
 def test_an_engine_that_says_whether_its_package_is_there_has_a_function_for_it():

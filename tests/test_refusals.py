@@ -13,6 +13,7 @@ import lib_subquad
 from lib_subquad import Settings, attention, plan, refusals
 from lib_subquad import device as devices
 from lib_subquad.engines import order
+from tests.own_engines import OWN
 
 SHAPE = (1, 2, 96, 8)
 NO = "CUDA error: invalid configuration argument\nCompile with TORCH_USE_CUDA_DSA"
@@ -29,7 +30,7 @@ def tensors(shape=SHAPE, grad=False):
 
 
 def names(count=2):
-    return order.names()[:count]
+    return OWN[:count]
 
 
 @pytest.fixture

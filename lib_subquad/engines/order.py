@@ -49,7 +49,7 @@ def withdraw(name: str) -> None:
         >>> order.withdraw("fused")
         >>> "fused" in order.names()
         False
-        >>> order.register(fused, before="portable")
+        >>> order.register(fused, before=order.names()[0])
     """
     engine = _existing(name)
     if len(_engines) == 1:

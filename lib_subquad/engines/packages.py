@@ -106,7 +106,7 @@ def why_not(package: Package, problem: Problem, refuses: Callable[[Problem], lis
     return reasons or package.why_not()
 
 
-def in_words(*dtypes: torch.dtype) -> str:
+def in_words(*dtypes: torch.dtype | None) -> str:
     return " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 

@@ -188,7 +188,7 @@ def attend(
 
 def _bias(given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The mask as its operators take one, [batch, heads, queries, keys] in query's dtype with rows that begin at
-    multiples of `MASK_ALIGNMENT`, and which rows may attend to nothing: these may attend to all in it."""
+    multiples of `MASK_ALIGNMENT`, and which rows may attend to nothing."""
     if mask is None:
         return None, None
     query, key = given[:2]
@@ -199,9 +199,7 @@ def _bias(given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor | None, 
         bias.zero_().masked_fill_(mask.logical_not(), -torch.inf)
     else:
         bias.copy_(mask)
-    nothing = rows_of_nothing(mask)
-    bias.masked_fill_(nothing, 0.0)
-    return bias.expand(query.shape[0], query.shape[2], query.shape[1], keys), nothing
+    return bias.expand(query.shape[0], query.shape[2], query.shape[1], keys), rows_of_nothing(mask)
 
 
 def gradients(
