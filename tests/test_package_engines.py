@@ -532,6 +532,22 @@ def test_what_is_said_of_tensors_without_numbers_is_not_remembered(name, install
     assert engine.why_not(problem()) == []
 
 
+def test_a_compiler_is_not_led_to_look_for_packages(monkeypatch):
+    if not hasattr(getattr(torch, "compiler", None), "is_compiling"):
+        pytest.skip("torch.compiler.is_compiling is newer")
+    looked_for, find_spec = [], importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: looked_for.append(name) or find_spec(name, *more)
+    )
+    for engine in ENGINES.values():
+        engine.PACKAGE.forget()
+    torch.compiler.reset()
+    query, key, value = tensors(torch.float32)
+    found = torch.compile(attention, fullgraph=True, backend="eager")(query, key, value)
+    assert not {"xformers", "flash_attn", "sageattention"} & set(looked_for)
+    torch.testing.assert_close(found, attention(query, key, value, settings=Settings(engine=LAST)), atol=1e-5, rtol=0)
+
+
 def test_an_engine_that_says_whether_its_package_is_there_has_a_function_for_it():
     from tests.test_engines import Plain
 
@@ -551,6 +567,11 @@ def test_an_engine_that_says_whether_its_package_is_there_has_a_function_for_it(
 # ------------------------------------------------------------------------------------ results that are of no use
 
 
+def automatic() -> str:
+    """The engine that takes these tensors where none is set: on the CPU of torch 2.1 there is no fused one for them."""
+    return computed(order.engines()[0], *tensors(), Settings())[1].engine
+
+
 def spoiled(output, number=float("nan")):
     output = output.clone()
     output[0, 1, 5, 3] = number
@@ -563,7 +584,7 @@ def test_what_is_of_no_use_is_computed_again_exactly(name, number, install, refe
     engine, module = install(name, gives=partial(spoiled, number=number))
     for calls in (1, 2):
         output, made = computed(engine, *tensors())
-        assert made.engine == order.names()[0] and made.reruns == 1 and made.retries == 0
+        assert made.engine == automatic() and made.reruns == 1 and made.retries == 0
         assert made.reasons[-1] == "sage gave NaN or infinity where there was none before"
         assert "computed again exactly" in str(made)
         torch.testing.assert_close(output.double(), reference(*tensors()), atol=2e-3, rtol=0)
@@ -584,21 +605,22 @@ def test_what_was_given_is_to_blame(where, install):
 def test_only_the_call_whose_result_is_of_no_use(install):
     spoil = [False, True, False]
     engine, module = install("SageAttention 2", gives=lambda output: spoiled(output) if spoil.pop(0) else output)
-    assert [computed(engine, *tensors())[1].engine for _ in range(3)] == [engine.NAME, order.names()[0], engine.NAME]
+    assert [computed(engine, *tensors())[1].engine for _ in range(3)] == [engine.NAME, automatic(), engine.NAME]
 
 
 def test_a_chunk_whose_result_is_of_no_use(install, reference):
     spoil = [False, True]
     engine, module = install("SageAttention 2", gives=lambda output: spoiled(output) if spoil.pop(0) else output)
     output, made = computed(engine, *tensors(queries=48), Settings(engine=engine.NAME, query_chunk=16))
-    assert made.engine == order.names()[0] and made.reruns == 1 and not spoil
+    assert made.engine == automatic() and made.reruns == 1 and not spoil
     torch.testing.assert_close(output.double(), reference(*tensors(queries=48)), atol=0.1, rtol=0)
 
 
 def test_memory_that_runs_out_after_a_rerun_does_not_make_it_last(install, monkeypatch):
     spoil = [True, False]
     engine, module = install("SageAttention 2", gives=lambda output: spoiled(output) if spoil.pop(0) else output)
-    exact, attend, fails = order.engines()[0], order.engines()[0].attend, [True]
+    exact, fails = order.named(automatic()), [True]
+    attend = exact.attend
 
     def short(*arguments):
         if fails.pop() if fails else False:
@@ -682,7 +704,7 @@ def test_a_report_has_its_error_and_is_silent_of_what_is_not_installed(install):
     shape = Shape("small", 1, 2, 64, 64, 64)
     found = {outcome.name: outcome for outcome in checks.check(shape, False, torch.float16, torch.device("cpu"))}
     assert list(found) == [checks.PYTORCH, *(it.NAME for it in order.usable())] and xformers.NAME not in found
-    assert found[engine.NAME].seconds and found[engine.NAME].error > 3 * found[checks.PYTORCH].error > 0
+    assert found[engine.NAME].seconds and found[engine.NAME].error > 3 * (found[checks.PYTORCH].error or 1e-4)
     said = {row["engine"] for row in reasons.rows(torch.device("cpu"), torch.float16)}
     assert said == {it.NAME for it in order.usable()}
 
