@@ -24,7 +24,8 @@ class Plan:
     `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
     that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
-    kept for the backward pass rather than recomputed in it.
+    kept for the backward pass rather than recomputed in it. `reruns`: an inexact engine's result was of no use, and an
+    exact one did the call.
 
     Example:
         >>> import torch
@@ -43,6 +44,7 @@ class Plan:
     reasons: tuple[str, ...] = ()
     retries: int = 0
     keeps_scores: bool = False
+    reruns: int = 0
 
     @property
     def sizes(self) -> Sizes:
@@ -52,6 +54,7 @@ class Plan:
         splits = order.named(self.engine).SPLITS_KEYS
         heads = f", {self.head_chunk} heads at a time" if splits else ""
         retries = f", {self.retries} retries" if self.retries else ""
+        retries += ", computed again exactly" if self.reruns else ""
         reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
         workspace = self.workspace_bytes / devices.MIB
         return (

@@ -131,7 +131,7 @@ def _small(problem: Problem) -> Problem:
 def _can_be_tried() -> bool:
     """Not while a CUDA graph is captured, which any look at a number ends, nor where tensors have no numbers."""
     with _without_modes():
-        return not refusals.is_captured() and type(torch.zeros(0, device="cpu")) is Tensor
+        return not devices.is_captured() and type(torch.zeros(0, device="cpu")) is Tensor
 
 
 def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from lib_subquad import device as devices
 from lib_subquad.engines import fused, order
 from lib_subquad.recompute import AttentionNode
 from tests.devices import attention, autocast, cpu_only, is_cpu, is_stand_in, on_device
+from tests.own_engines import OWN
 from tests.personality import FailAt, alone
 
 if is_stand_in():
@@ -289,7 +290,7 @@ def test_gradients_of_gradients_that_are_made_of_the_same_tensors():
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 @pytest.mark.parametrize("query_chunk", [0, 3])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 def test_gradients_of_gradients_whatever_the_shape_and_engine(engine, query_chunk, mask, leading):
     """PyTorch's function has none for 4-D tensors, and for others only where it takes no fused kernel."""
     tensors = [torch.randn(*leading, tokens, 4, dtype=torch.float64, requires_grad=True) for tokens in (7, 9, 9)]
@@ -364,7 +365,7 @@ def test_a_result_that_gets_no_gradient(call, create_graph):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @pytest.mark.parametrize("mask", [None, bool_mask], ids=["none", "bool"])
 def test_many_gradients_at_a_time(engine, mask, watched, caplog):
     tensors, mask = inputs(value_width=4), mask and mask()
@@ -407,7 +408,7 @@ def test_the_same_is_kept_whatever_engine_and_sizes(dtype, mask):
     kept = [
         what_is_kept(lambda engine=engine, size=size: attention(*tensors, mask=mask, settings=Settings(
             engine=engine, query_chunk=size)))
-        for engine in order.names() for size in (0, 2, 3)
+        for engine in OWN for size in (0, 2, 3)
     ]  # fmt: skip
     assert all(other == kept[0] for other in kept) and len(kept[0]) == 5 + (mask is not None)
 
@@ -498,7 +499,7 @@ def in_a_block(fails, reentrant, monkeypatch, error, layers=1, mask=None, settin
 @pytest.mark.parametrize("error", ["out of memory", "invalid configuration argument"])
 @pytest.mark.parametrize("fails", [(1,), (2,), (3,), (4,), (1, 2), (2, 3)], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 def test_a_block_that_is_run_twice(engine, reentrant, fails, error, monkeypatch, request):
     """In its first run or its second, in one layer or another that is like it."""
     if error != "out of memory":  # it goes on with the other engine
@@ -548,7 +549,7 @@ def test_a_kernel_that_fails_in_the_backward_pass_of_a_block(error, monkeypatch)
 
 
 @pytest.mark.parametrize("kept", ["products", "all"])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @pytest.mark.parametrize("checkpointing", ["automatic", "never"])
 def test_a_block_of_whose_operators_some_are_kept(engine, kept, checkpointing):
     """The results that our loops write over are none to be kept."""

@@ -21,16 +21,20 @@ from .. import memory
 from ..problem import Problem, item_bytes
 from ..settings import Settings
 from ..tensors import as_small_as_it_is
-from . import pytorch
-from .base import Sizes, call_bytes, half, overruled
+from . import pytorch, whole
+from .base import Sizes, call_bytes
+from .masks import opened, rows_of_nothing, would_be_rounded
+from .whole import kept_bytes as kept_bytes
+from .whole import least_bytes as least_bytes
+from .whole import rows_at_once as rows_at_once
+from .whole import smaller as smaller
+from .whole import taking_over as taking_over
 
 NAME = "fused"
 EXACT = True
 SPLITS_KEYS = False
 DIFFERENTIABLE = True
 WHY = "PyTorch has a fused kernel for these sizes"
-
-SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
 # torch.nn.attention.SDPBackend
 MATH_KERNEL = 0  # keeps all scores in memory
@@ -49,7 +53,7 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
         reasons.append("there are no heads")
-    if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
+    if would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
         return reasons or list(_kernel_reasons(problem, devices.switches()))
@@ -74,34 +78,7 @@ def _never(device: torch.device, masked: bool) -> list[str]:
 
 
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
-    wanted = min(settings.query_chunk or problem.queries, problem.queries)
-    chosen = Sizes(wanted, problem.keys, problem.heads)
-    while workspace_bytes(problem, chosen) > limit and (fewer := smaller(problem, chosen)):
-        chosen = fewer
-    overruled_by_limit = settings.query_chunk and chosen.queries < wanted
-    return chosen, [overruled("query", wanted, chosen.queries, "the memory limit")] if overruled_by_limit else []
-
-
-def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
-    if sizes.queries <= SMALLEST_QUERY_CHUNK:
-        return None
-    return sizes._replace(queries=half(sizes.queries, SMALLEST_QUERY_CHUNK))
-
-
-def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
-    return Sizes(sizes.queries, problem.keys, problem.heads)
-
-
-def rows_at_once(problem: Problem, sizes: Sizes) -> int:
-    return sizes.queries
-
-
-def least_bytes(problem: Problem, settings: Settings) -> int:
-    return 0  # it holds no scores
-
-
-def kept_bytes(problem: Problem, sizes: Sizes) -> None:
-    return None  # nor are any kept for the backward pass
+    return whole.fitting(workspace_bytes, problem, settings, limit)
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -194,8 +171,8 @@ def attend(
     if mask is not None:
         mask = _mask_as_kernels_want(problem, mask)
         if devices.rules(problem.device).cudnn and _takes_cudnn(query, key, value, mask):
-            nothing = _rows_of_nothing(mask)
-            mask = _opened(mask, nothing) if problem.grad else mask
+            nothing = rows_of_nothing(mask)
+            mask = opened(mask, nothing) if problem.grad else mask
     output = _in_parts(query, key, value, mask, scale, devices.rules(problem.device).most_entries)
     if nothing is not None:
         output = output.masked_fill(nothing, 0.0) if problem.grad else output.masked_fill_(nothing, 0.0)
@@ -224,16 +201,9 @@ def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
             mask = mask.expand(*(mask.shape[:-1] or (1,)), key.shape[-2]).contiguous()
     if mask is None or not rules.cudnn:
         return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
-    nothing = _rows_of_nothing(mask)
-    output = pytorch.OWN(query, key, value, attn_mask=_opened(mask, nothing), scale=scale)
+    nothing = rows_of_nothing(mask)
+    output = pytorch.OWN(query, key, value, attn_mask=opened(mask, nothing), scale=scale)
     return output.masked_fill(nothing, 0.0)
-
-
-def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
-    """Whether a mask has numbers that `dtype` has not: a wider one, or the other half-precision dtype."""
-    if mask is None or mask == torch.bool:
-        return False
-    return torch.finfo(mask).max > torch.finfo(dtype).max or torch.finfo(mask).eps < torch.finfo(dtype).eps
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,17 +228,6 @@ def _takes_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> boo
         return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0) == CUDNN_KERNEL
     except Exception:  # private: where it does not say, what is right for that kernel is right for all
         return True
-
-
-def _rows_of_nothing(mask: Tensor) -> Tensor:
-    """Which rows may attend to nothing, [..., rows, 1]."""
-    if mask.dtype == torch.bool:
-        return mask.any(-1, keepdim=True).logical_not()
-    return mask.amax(-1, keepdim=True) == -torch.inf
-
-
-def _opened(mask: Tensor, rows: Tensor) -> Tensor:
-    return mask | rows if mask.dtype == torch.bool else mask.masked_fill(rows, 0.0)
 
 
 def _takes_scale() -> bool:

@@ -7,6 +7,7 @@ from . import options, status
 from .hosts import host
 
 RETRIES = "Subquad retries"
+RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
 
 
 def begin(p) -> None:
@@ -31,6 +32,8 @@ def finish_batch(p) -> None:
         seen.reach = host().reach(seen.served)
     if seen.retries or seen.remembered:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
+    if seen.reruns:
+        p.extra_generation_params[RERUNS] = seen.reruns
 
 
 def end(p) -> None:

@@ -27,6 +27,7 @@ from lib_subquad.lab.bench.shapes import Shape
 from lib_subquad.lab.bench.work import Job
 from lib_subquad.lab.commands import arguments
 from lib_subquad.lab.survey import checks, facts, reasons
+from tests.own_engines import OWN
 from tests.test_engines import Plain
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_it_tells_what_a_device_report_needs(reported):
 
 def test_every_engine_is_asked_and_every_one_that_can_is_checked(reported):
     _, asked, checked = (section.splitlines() for section in re.split("^##+ ", reported.text, flags=re.M)[1:])
-    for name in order.names():
+    for name in OWN:
         assert sum(f"| {name} " in line for line in asked) == len(reasons.SHAPES) + len(reasons.MASKED)
         rows = [line.split("|") for line in checked if f"| {name} " in line]
         assert len(rows) == len(checks.dtypes(CPU)) * len(checks.shapes(CPU))

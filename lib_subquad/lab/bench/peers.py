@@ -167,19 +167,6 @@ class _Constant(torch.nn.Module):
         return self.value
 
 
-def _xformers(problem: Problem) -> Attention:
-    try:
-        from xformers.ops import memory_efficient_attention
-    except ImportError as error:
-        raise Unsupported(f"not installed: pip install xformers ({error})") from error
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return memory_efficient_attention(query, key, value).transpose(1, 2)
-
-    return attend
-
-
 def _from_file(path: str) -> Callable[[Problem], Attention]:
     """The `efficient_dot_product_attention` of a file, called as the web UI calls its own."""
 
@@ -238,7 +225,6 @@ PEERS = {
         Peer("sdpa-math", _sdpa_math),
         Peer("memory-efficient-attention", _memory_efficient_attention),
         Peer("diffusers-sliced", _diffusers_sliced),
-        Peer("xformers", _xformers),
         *(Peer(name, _sdpa_with(kernel)) for name, kernel in KERNELS.items()),
     )
 }

@@ -34,7 +34,7 @@ class Situation:
         switched_off: PyTorch's kernels that are switched off.
         dtype: what the model computes in, such as "float32".
         variables: the environment's.
-        packages: name -> why it cannot be loaded, of those that are installed and bring kernels; "" where it can be.
+        packages: those that bring kernels, are installed and cannot be loaded -> the sentence that says why.
         settings: those of the user that keep a faster engine away, in words.
         threads, cores: how many PyTorch takes on a CPU, and how many there are.
     """
@@ -108,11 +108,10 @@ def _switched_off(here: Situation) -> Advice | None:
 
 
 def _not_loadable(here: Situation) -> Advice | None:
-    broken = [f"{name}: {why}" for name, why in here.packages.items() if why]
-    if not broken:
+    if not here.packages:
         return None
     return Advice(
-        f"Installed, but it cannot be loaded: {'; '.join(broken)}. Install the one that was built for this torch",
+        f"{'; '.join(here.packages.values())}. Install the one that was built for this torch",
         "what Python says when it is loaded",
     )
 

@@ -18,6 +18,7 @@ from ...settings import Settings
 from . import facts
 from .advice import Advice, Situation, advise
 
+NOT_LOADABLE = "is installed but cannot be loaded"  # as `engines.packages` words it
 NOTHING = "Nothing to gain: no switch is known that would help here."
 
 
@@ -49,7 +50,7 @@ def diagnosis(problems: Sequence[Problem], settings: Settings, free_bytes: int |
         switched_off=tuple(facts.switched_off()),
         dtype=str(problems[0].dtype).removeprefix("torch."),
         variables=os.environ,
-        packages=_packages(),
+        packages=_broken(problems),
         settings=tuple(_kept_away(problems, plans, settings, free_bytes)),
         threads=torch.get_num_threads(),
         cores=_cores(),
@@ -93,5 +94,10 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _packages() -> dict[str, str]:
-    return {}
+def _broken(problems: Sequence[Problem]) -> dict[str, str]:
+    """Packages that are installed and cannot be loaded, each with the reason that its engine gives."""
+    found: dict[str, str] = {}
+    for engine in order.engines():
+        for problem in problems:
+            found |= {engine.NAME: reason for reason in engine.why_not(problem) if NOT_LOADABLE in reason}  # noqa: B035
+    return found
