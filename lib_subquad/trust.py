@@ -58,7 +58,7 @@ def why_not(engine: Engine, problem: Problem) -> list[str]:
     Asked for the first time it computes a small call of that kind. Neither running out of memory nor a device that
     cannot be used from here is an answer to remember.
     """
-    if engine is order.engines()[-1]:
+    if _is_taken_as_it_is(engine):
         return []
     kind = Kind(engine.NAME, _small(problem), _state())
     verdict = _verdicts.get(kind)
@@ -86,7 +86,7 @@ def check(
     Raises:
         refusals.WrongResult: they are not what they should be.
     """
-    if engine is order.engines()[-1]:
+    if _is_taken_as_it_is(engine):
         return
     strides = tuple(tensor.stride() for tensor in (query, key, value, mask) if tensor is not None)
     sample = Sample(engine.NAME, problem, query.shape[2], strides, _state())
@@ -97,6 +97,10 @@ def check(
     if wrong:
         raise refusals.WrongResult(f"the {engine.NAME} kernel gave wrong results for these sizes: {_by(wrong)}")
     _good.add(sample)
+
+
+def _is_taken_as_it_is(engine: Engine) -> bool:
+    return not engine.EXACT or engine is order.engines()[-1]
 
 
 def is_distrusted(engine: Engine, device: torch.device) -> bool:

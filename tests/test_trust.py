@@ -150,6 +150,15 @@ def test_gradients_are_part_of_it(reference, first):
         torch.testing.assert_close(mine.grad.double(), it.grad, atol=1e-5, rtol=0)
 
 
+def test_who_asks_for_an_inexact_engine_gets_it(first, monkeypatch):
+    first(lambda query, output: output + 0.01)
+    engine, plans = order.engines()[0], []
+    monkeypatch.setattr(engine, "EXACT", False)
+    attention(*tensors(), settings=Settings(engine=engine.NAME), report=plans.append)
+    attention(*tensors(), report=plans.append)
+    assert plans[0].engine == engine.NAME != plans[1].engine
+
+
 def test_running_out_of_memory_is_no_distrust(reference, monkeypatch):
     engine = order.engines()[0]
     attend, failures = engine.attend, [RuntimeError("CUDA out of memory")] * 2
