@@ -20,7 +20,7 @@ warn_once = cache(console.warn)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
-_remembered: dict[tuple[Problem, Settings, tuple[bool, ...]], tuple[Plan, int]] = {}
+_remembered: dict[tuple[Problem, Settings, tuple[bool, ...], int], tuple[Plan, int]] = {}
 # Where an engine's gradients are left to PyTorch, and to what it keeps for them.
 _left_to_pytorch: set[tuple[str, Problem]] = set()
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
@@ -29,7 +29,7 @@ GROWN = 1.05  # free memory has grown when it is this much more than what did no
 def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
     """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
     gradients are wanted `free` is all that there is, which never grows."""
-    key = problem, settings, devices.switches()
+    key = problem, settings, devices.switches(), order.changes()
     found = _remembered.get(key)
     if found is not None:
         made, failed_at = found
@@ -138,7 +138,7 @@ class Attempts:
             warn_once("[subquad] out of memory: going on with smaller chunks")
             memory.forget()
             free = memory.reading(self.problem.device, self.problem.grad).bytes
-            key = self.problem, self.settings, devices.switches()
+            key = self.problem, self.settings, devices.switches(), order.changes()
             if not self.plan.reruns:  # another call may come to the other engine, whose sizes are its own
                 _remembered[key] = (replace(self.plan, retries=0), free)
         memory.forget()  # a call that is known, or was planned meanwhile, is planned anew with what was found

@@ -121,7 +121,7 @@ _warn_once = cache(console.warn)
 
 
 def _state() -> tuple[object, ...]:
-    return devices.switches(), order.changes()
+    return devices.switches(), order.engine_changes()
 
 
 def _small(problem: Problem) -> Problem:
