@@ -47,8 +47,8 @@ def test_a_step_that_fails_is_told_and_the_others_go_on():
 
 
 def test_a_step_that_takes_too_long_is_ended_and_what_it_had_is_told():
-    slow, after = tool.run_all([python("Slow", SLOW, seconds=4), python("After", "print(1)")], 300)
-    assert slow.said.startswith("stopped after 4 s") and "so far" in slow.printed and after.good
+    slow, after = tool.run_all([python("Slow", SLOW, seconds=8), python("After", "print(1)")], 300)
+    assert slow.said.startswith("stopped after 8 s") and "so far" in slow.printed and after.good
     if hasattr(os, "killpg"):
         assert "and this" in slow.printed
 
@@ -63,7 +63,7 @@ child = subprocess.Popen([sys.executable, "-c", deaf])
 pathlib.Path({str(begun)!r}).write_text(str(child.pid), encoding="utf-8")
 child.wait()
 """
-    tool.run(python("Parent", program), 4)
+    tool.run(python("Parent", program), 8)
     psutil = pytest.importorskip("psutil")
     child = int(begun.read_text(encoding="utf-8"))
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE

@@ -193,7 +193,7 @@ def report(device: torch.device, outcomes: Sequence[Outcome]) -> str:
 
 
 def _section(outcome: Outcome) -> str:
-    command = f"`python {' '.join(outcome.step.command)}`"
+    command = f"`python {anonymous(' '.join(outcome.step.command))}`"
     parts = [f"## {outcome.step.title}", *([] if command in outcome.printed else [command])]
     if not outcome.good:
         parts.append(f"**{outcome.said[0].upper()}{outcome.said[1:]}.**")
