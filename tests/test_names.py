@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What came of a measurement that could not be made: it stands in a table, and nobody is to put anything right.
-# So does what an engine says of a result of its own: another engine goes on.
-RESULTS = {"Unsupported", "Failed", "UselessResult"}
+# So does what is said of an engine's result: another engine goes on, or whoever writes the engine sees it.
+RESULTS = {"Unsupported", "Failed", "UselessResult", "WrongResult", "ContractError", "_Dropped"}
 
 
 def classes() -> dict[str, list[tuple[str, list[str]]]]:
