@@ -27,6 +27,7 @@ from .settings import Settings
 # A small call: more than one of everything, and no number that tiles are made of.
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 72, 88
 ROOM = 1 << 40  # bytes: what a small call takes is no question of the memory limit
+LARGE = 256.0  # whose square is past the largest float16
 SAMPLED_ROWS = 4  # of each of three heads, the first and the last among them
 
 
@@ -148,6 +149,8 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
         try:
             with torch.set_grad_enabled(problem.grad):
                 wrong = _wrong_small(engine, problem, query, key, value, mask)
+            if not wrong and problem.dtype == torch.float16:
+                wrong = _overflows(engine, problem, query, key, value)
         except ContractError:  # whoever writes an engine wants to see it
             return None
         except Exception as error:
@@ -207,6 +210,18 @@ def _wrong_small(
         for mine, expected in zip(found, truth.gradients(query, key, value, mask, scale, grad_output))
     )
     return next((difference for difference in differences if difference), 0.0)
+
+
+def _overflows(engine: Engine, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> float:
+    """NaN where scores past the largest float16 come out as none, as those of SD 2.1 768 do: black images."""
+    problem, scale = replace(problem, mask=None, mask_dtype=None, grad=False), 1.0
+    query, key = (torch.full_like(tensor, LARGE, requires_grad=False) for tensor in (query, key))
+    if engine.why_not(problem):
+        return 0.0
+    with torch.no_grad():
+        sizes = engine.fitting(problem, Settings(), ROOM)[0]
+        output, _ = attended(engine, problem, sizes, query, key, value, None, scale)
+        return _wrong(query, key, value, None, scale, output)
 
 
 def _wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, output: Tensor) -> float:

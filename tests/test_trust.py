@@ -246,6 +246,19 @@ def test_what_was_found_wrong_is_not_traced_either(reference, first):
     assert plans[0].engine != engine.NAME
 
 
+def test_scores_past_the_largest_half(first):
+    """Without what SD 2.1 768 needs an engine is not trusted in half precision, whatever it gives of smaller scores."""
+
+    def overflowing(query, output):
+        return output * torch.nan if query.dtype == torch.float16 and query.abs().max() > 100 else output
+
+    first(overflowing)
+    for dtype, trusted in ((torch.float16, False), (torch.float32, True)):
+        problem = Problem.of(*tensors(dtype=dtype))
+        if not order.engines()[0].why_not(problem):
+            assert (trust.why_not(order.engines()[0], problem) == []) == trusted
+
+
 def test_rows_that_are_no_numbers_say_nothing(first):
     first(right)
     for broken in (torch.nan, torch.inf, 1e30):

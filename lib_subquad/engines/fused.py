@@ -53,6 +53,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
         reasons.append("there are no heads")
+    if _makes_nan(problem.upcast_dtype, problem.device):
+        reasons.append(f"torch {torch.__version__}: scores past 65,504 would be NaN in float16")
     if would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
@@ -195,6 +197,9 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     rules = devices.rules(query.device)
+    if _makes_nan(query.dtype, query.device):
+        query, key, value = query.float(), key.float(), value.float()
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     if mask is not None and rules.masks_in_rows:
         mask = mask[None] if mask.dim() == 1 else mask  # the question about cuDNN's kernel fails of one dimension
         if mask.dim() == 0 or mask.shape[-1] != key.shape[-2]:
@@ -204,6 +209,10 @@ def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     nothing = rows_of_nothing(mask)
     output = pytorch.OWN(query, key, value, attn_mask=opened(mask, nothing), scale=scale)
     return output.masked_fill(nothing, 0.0)
+
+
+def _makes_nan(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.float16 and device.type == "cpu" and not HALF_SCORES_ARE_RIGHT
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,6 +253,15 @@ def _masks_are_right() -> bool:
     token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cpu")
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
+
+
+def _half_scores_are_right() -> bool:
+    """Whether the CPU's kernel can have scores past the largest float16: NaN on torch 2.4.1, right on 2.13."""
+    token = torch.full((1, 1, 1, 8), 256.0, dtype=torch.float16, device="cpu")
+    try:
+        return bool(F.scaled_dot_product_attention(token, token, token).isfinite().all())
+    except RuntimeError:  # torch 2.1 has no attention in half on the CPU, and says so when it is asked for a kernel
+        return True
 
 
 @lru_cache(maxsize=1024)
@@ -298,3 +316,4 @@ _without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes",
 # Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
 TAKES_SCALE = _takes_scale()
 MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()
+HALF_SCORES_ARE_RIGHT = _half_scores_are_right()
