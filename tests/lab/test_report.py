@@ -211,10 +211,10 @@ def test_a_call_that_takes_long_is_not_repeated(plain, monkeypatch):
 
 
 def test_a_device_that_has_not_every_dtype(plain, monkeypatch):
-    def no_bfloat16(shape, masked, dtype, device, own=checks.tensors):
-        if dtype == torch.bfloat16:
+    def no_bfloat16(problem, own=checks.tensors):
+        if problem.dtype == torch.bfloat16:
             raise RuntimeError("no such dtype")
-        return own(shape, masked, dtype, device)
+        return own(problem)
 
     monkeypatch.setattr(checks, "dtypes", lambda device: (torch.bfloat16, torch.float32))
     monkeypatch.setattr(checks, "tensors", no_bfloat16)
