@@ -9,11 +9,12 @@ import os
 import sys
 
 from .console import UserError
-from .lab.commands import bench, doctor, growth, lab, plan, report
+from .lab.commands import bench, doctor, growth, lab, order, plan, report
 
 COMMANDS = {
     "plan": (plan, "how attention will be computed for a checkpoint and an image size"),
     "lab": (lab, "measure a checkpoint's shapes over engines and chunk sizes, recommend the best"),
+    "order": (order, "what automatic goes by on this device: show it, measure it, forget it"),
     "bench": (bench, "measure ways to compute attention side by side"),
     "growth": (growth, "measure attention as the number of tokens doubles"),
     "doctor": (doctor, "which engine each kind of call gets on this device, why, and what would help"),

@@ -60,6 +60,7 @@ def test_an_unknown_option_shows_the_usage_of_its_own_command(command, unknown, 
         (["lab", "--checkpoint", "x", "--heads", "0"], "'0'; expected a whole number of at least 1"),
         (["bench", "--calm", "500"], "'500'; expected a whole number from 1 to 100"),
         (["growth", "--peers", ","], "expected names of peers"),
+        (["order", "--forget", "everything"], "invalid choice: 'everything' (choose from"),
     ],
 )
 def test_a_number_that_cannot_be_is_said(arguments, words, capsys):

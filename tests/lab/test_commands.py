@@ -11,13 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from lib_subquad.engines import fused
+from lib_subquad.engines import fused, order
+from lib_subquad.engines.table import Table
 from tests.checkpoint.making import entries, write
 from tests.checkpoint.public_models import tensors
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "lib_subquad"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The user's cache folder, by whichever variable a system has for it."""
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setitem(ENVIRONMENT, name, str(folder))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,8 @@ def test_plan(checkpoint):
 def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     found, picture = tmp_path / "lab.json", tmp_path / "lab.png"
-    output = ["--json", found, "--plot", picture]
+    table = tmp_path / "table.json"
+    output = ["--json", found, "--plot", picture, "--table", table]
     given = ["--query-chunk", "128", "--vae", "off", "--verify", "2"]
     done = run("lab", "--checkpoint", checkpoint, "--size", "128", "--device", "cpu", *given, *output)
     assert done.returncode == 0, done.stderr
@@ -53,6 +64,11 @@ def test_lab_measures_recommends_verifies_and_writes(checkpoint, tmp_path):
     assert recommended["fits"] and recommended["pareto"] and recommended["repeats"] >= 7
     assert any(trial["query_chunk"] == 128 for trial in trials)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"Kept in {table}: automatic goes by it" in done.stdout
+    (its,) = Table.from_json(table.read_text(encoding="utf-8")).machines.values()
+    assert {calls.dtype for calls in its} == {"float32"} and {found.engine for found in its.values()} <= {
+        *order.names()
+    }
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a console, not to a process")
@@ -97,12 +113,22 @@ def test_ctrl_c_keeps_what_was_measured(checkpoint, tmp_path):
         (["lab", "--checkpoint", "CHECKPOINT", "--device", "gameboy"], "cannot be used"),
         (["lab", "--checkpoint", "CHECKPOINT", "--plot", "no/such/folder.png"], "there is no folder"),
         (["lab", "--checkpoint", "CHECKPOINT", "--query-chunk", "-5"], "query_chunk"),
+        (
+            ["order", "--table", "TABLE", "--measure", "no/such/model"],
+            "order: --measure no/such/model: there is no such",
+        ),
+        (
+            ["order", "--table", "TABLE", "--measure", "CHECKPOINT", "--forget"],
+            "order: --forget and --measure are two things: give one",
+        ),
+        (["order", "--table", "TABLE", "--device", "gameboy"], "cannot be used"),
         (["bench", "--busy", "-1"], "'-1'; expected a whole number of at least 0"),
         (["bench", "--busy", "2", "--calm", "8"], "--busy has no meaning with --calm"),
         (["bench", "--busy", "1", "--overhead"], "--busy has no meaning with --overhead"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_words(checkpoint, arguments, words):
-    done = run(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments))
+def test_what_cannot_be_used_is_said_in_words(checkpoint, arguments, words, tmp_path):
+    places = {"CHECKPOINT": checkpoint, "TABLE": tmp_path / "table.json"}
+    done = run(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,8 +6,10 @@ import random
 import pytest
 import torch
 
-from lib_subquad import Settings
+from lib_subquad import Settings, refusals
 from lib_subquad.device import GIB, MIB
+from lib_subquad.engines import order
+from lib_subquad.engines.table import Found, Table, class_of
 from lib_subquad.lab import meter
 from lib_subquad.lab.explain.rows import Row
 from lib_subquad.lab.tune.exploration import MOST_ROUNDS, Exploration
@@ -255,6 +257,80 @@ def test_the_pareto_front_holds_what_nothing_beats(made_up_times):
             other for other in explored.trials if other.seconds < trial.seconds and other.peak_bytes < trial.peak_bytes
         ]
         assert not (any(trial is other for other in front) and beaten) or trial is best
+
+
+# --------------------------------------------------------------------------------------------- what a table keeps of it
+
+
+@pytest.fixture
+def table():
+    before = order.table()
+    yield
+    order.go_by(before)
+
+
+def found(explored) -> Found | None:
+    return explored.found().get(class_of(explored.rows[0].problem))
+
+
+@pytest.mark.parametrize("fast", [0.99, 0.5])
+def test_what_was_compared_is_found_by_the_margin_of_a_table(monkeypatch, fast, table):
+    def seconds(plan, turn):
+        return fast if plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 256 else 1.0
+
+    plant(monkeypatch, seconds)
+    explored = exploration()
+    for _ in explored.run():
+        assert explored.found() == {}
+    by_rules = explored.rows[0].plan
+    assert found(explored) == (Found("portable", 256, 256, 2.0) if fast < 0.9 else Found(by_rules.engine))
+    order.go_by(Table().with_found(order.machine(torch.device("cpu")), explored.found()))
+    again = plan_problem(explored.rows[0].problem, Settings(), GIB)
+    assert again.query_chunk == (256 if fast < 0.9 else by_rules.query_chunk)
+
+
+def test_rounds_that_disagree_are_found_to_change_nothing(monkeypatch):
+    uneven = itertools.cycle((0.5, 0.5, 1.5))
+
+    def seconds(plan, turn):
+        return next(uneven) if plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 256 else 1.0
+
+    plant(monkeypatch, seconds)
+    explored = finished(exploration())
+    assert found(explored) == Found(explored.rows[0].plan.engine)
+
+
+def test_what_is_over_the_limit_or_refused_is_not_found(monkeypatch):
+    def measure(explored, problem, plan):
+        fast = plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 256
+        small = plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 512
+        run = (0.5, GIB) if fast else (0.7 if small else 1.0, plan.workspace_bytes)
+        explored._measured.setdefault((problem, plan.engine, plan.sizes), []).append(run)
+
+    monkeypatch.setattr(Exploration, "_measure", measure)
+    explored = finished(exploration(free=GIB))
+    before = found(explored)
+    assert (before.query_chunk, before.kv_chunk) != (256, 256)
+    refusals.remember(explored.rows[0].problem, "portable", "the portable kernel refused these sizes")
+    assert found(explored) is None or found(explored).engine != "portable"
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_measuring_goes_by_the_table_and_puts_it_right(monkeypatch, table):
+    """What the rules would take is compared all the same."""
+    its = class_of(exploration().rows[0].problem)
+    by_rules = exploration().rows[0].plan
+    order.go_by(Table().with_found(order.machine(torch.device("cpu")), {its: Found("portable", 256, 256, 2.0)}))
+
+    def seconds(plan, turn):
+        return 0.5 if plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 256 else 1.0
+
+    plant(monkeypatch, seconds)
+    explored = finished(exploration())
+    assert explored.automatic().seconds == 3 * 0.5 and explored.recommended().label == "automatic"
+    assert explored.found() == {its: Found("portable", 256, 256, 2.0)}
+    plant(monkeypatch, lambda plan, turn: 1.0)
+    assert finished(exploration()).found() == {its: Found(by_rules.engine)}
 
 
 def test_real_times_and_peaks_on_this_device():

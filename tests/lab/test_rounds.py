@@ -115,9 +115,16 @@ def test_an_equal_one_changes_nothing(among):
 
 
 def test_a_slow_one_is_soon_given_up(among):
-    fast, slow = among(one=1e-5, two=2e-5)
+    fast, slow = among(one=1e-4, two=2.1e-4)
     assert only() == Found("one")
-    assert len(slow.calls) == 2 < rounds.MOST_ROUNDS < len(fast.calls)  # once before it is timed, once timed
+    assert slow.calls.count(SHAPE) == 1 and fast.calls.count(SHAPE) == 1  # there is nothing left to compare
+
+
+def test_one_that_was_slow_once_is_not_given_up(among, clock):
+    """Another program came."""
+    _, two, _ = among(one=1.5e-4, two=1e-4, three=1.5e-4)
+    two.does = lambda problem: setattr(clock, "now", clock.now + 0.05) if two.calls.count(SHAPE) == 1 else None
+    assert only() == Found("two", margin=1.5)
 
 
 def test_one_that_takes_other_tiles_faster(clock):

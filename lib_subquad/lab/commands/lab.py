@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...engines import order
 from .. import tables
 from ..explain.question import Question
 from ..machine import processor_seconds, share_of_others
 from ..tune.exploration import Exploration
 from ..tune.picture import draw
 from ..tune.trials import TUNED, Trial
-from . import files, question
+from . import files, kept, question
 from .arguments import positive
 
 BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -27,10 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: not again)",
     )
     files.add_arguments(parser)
+    kept.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     files.check(arguments)
+    kept.load(arguments)
     asked = question.read(arguments)
     exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
     before = processor_seconds()
@@ -46,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
         print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.notes]))
+    if found := exploration.found():
+        print(kept.add(arguments, order.machine(asked.device), found))
     if arguments.verify and not stopped:
         try:
             print(_verified(exploration, arguments.verify))

@@ -6,14 +6,16 @@ import argparse
 
 from .. import tables
 from ..explain.words import layers_in_words, size_in_words
-from . import question
+from . import kept, question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_arguments(parser)
+    kept.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    kept.load(arguments)
     asked = question.read(arguments)
     rows = asked.rows()
     print(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")

@@ -17,8 +17,10 @@ from ..explain.sizes import parse_size
 from .arguments import DTYPES, argument, best_device, positive
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a .safetensors file (its header is read)")
+def add_arguments(parser: argparse.ArgumentParser, named_by: str = "--checkpoint", **how: Any) -> None:
+    """The checkpoint is `named_by` this option, which differs by `how`; a setting of that name is not asked for."""
+    what = {"required": True, "metavar": "FILE", "help": "a .safetensors file (its header is read)", **how}
+    parser.add_argument(named_by, dest="checkpoint", **what)
     parser.add_argument(
         "--heads",
         type=positive,
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("settings")
     for name, option in OPTIONS.items():
+        if _flag(name) == named_by:
+            continue
         more: dict[str, Any] = {"default": option.default}
         if isinstance(option.default, bool):
             more = {"choices": ("on", "off"), "default": "on" if option.default else "off"}
@@ -56,30 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(_flag(name), help=f"{words} (default: {more['default']}).", **more)
 
 
-def read(arguments: argparse.Namespace) -> Question:
-    """The question that was asked.
+def read(arguments: argparse.Namespace, named_by: str = "--checkpoint") -> Question:
+    """The question that was asked, the checkpoint named by this option.
 
     Raises:
         UserError: something in it cannot be.
     """
-    values = {name: getattr(arguments, name) for name in OPTIONS}
+    values = {name: getattr(arguments, name, option.default) for name, option in OPTIONS.items()}
     for name, option in OPTIONS.items():
-        if isinstance(option.default, bool):
+        if isinstance(option.default, bool) and hasattr(arguments, name):
             values[name] = values[name] == "on"
     settings = Settings(**values)
     if settings.upcast == "web UI":
         settings = dataclasses.replace(settings, upcast="never")  # there is none to follow
     width, height = parse_size(arguments.size)
-    try:
-        device = torch.device(arguments.device) if arguments.device else best_device()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    device = read_device(arguments)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
     try:
         checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
     except CheckpointError as error:  # which names the file without its folder
-        raise UserError(f"--checkpoint {arguments.checkpoint}: {error.__cause__ or error}") from error
+        raise UserError(f"{named_by} {arguments.checkpoint}: {error.__cause__ or error}") from error
     if not checkpoint.layers:
         raise UserError(f"no attention layer that subquad serves. {' '.join(checkpoint.notes)}")
     question = Question(
@@ -96,6 +96,20 @@ def read(arguments: argparse.Namespace) -> Question:
     if not question.layers:
         raise UserError("the file holds a VAE and no U-Net, and with --vae off the VAE is left out")
     return question
+
+
+def read_device(arguments: argparse.Namespace) -> torch.device:
+    """The device that was asked for, or the best that there is.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = torch.device(arguments.device) if arguments.device else best_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _whole(option: Option) -> Callable[[str], object]:

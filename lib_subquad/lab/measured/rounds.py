@@ -33,8 +33,8 @@ from .. import meter
 SECONDS_ON_A_CPU, SECONDS = 5.0, 2.0
 # What makes less than this share of the work keeps the fixed order: no engine of it moves the whole.
 NEGLIGIBLE_SHARE = 0.03
-# After a first call each, whatever took this many times as long as the fastest is tried no more.
-HOPELESS = 1.25
+# After a first and a second round, what took this many times as long as the fastest, at its best, is tried no more.
+HOPELESS = (2.0, 1.25)
 # Nor is what takes this many times as long for a few queries, where all of them would take this share of the time.
 VERY_SLOW, COSTLY = 4, 0.1
 MOST_ROUNDS = 25
@@ -166,9 +166,12 @@ class _Comparison:
         self.problem, self.until = problem, until
         self.candidates = candidates(problem, settings)
         self.seconds: dict[Candidate, list[float]] = {}
+        self.alone: Candidate | None = None  # the first, where all the others are out of the question
 
     def chosen(self) -> Found | None:
         """The fastest, the first of what is left being what the fixed order comes to."""
+        if self.alone is not None:
+            return Found(*self.alone)
         return choose(self.seconds) if self.seconds else None
 
     def run(self) -> None:
@@ -232,9 +235,12 @@ class _Comparison:
         return able, min(self.problem.queries, max(few, round(rows)))
 
     def _rounds(self, calls: dict[Candidate, Callable[[], Tensor]]) -> None:
-        """All of them side by side, every other round backwards; after the first without those that are hopeless."""
+        """All of them side by side, every other round backwards; soon without those that are hopeless."""
         left = list(calls)
         for number in range(MOST_ROUNDS):
+            if len(left) == 1:
+                self.alone = left[0]
+                return
             for candidate in left if number % 2 == 0 else left[::-1]:
                 took = self.seconds.setdefault(candidate, [])
                 if time.perf_counter() + (took[-1] if took else 0.0) > self.until:
@@ -244,9 +250,10 @@ class _Comparison:
                     self.seconds = {}
                     return self._rounds({other: call for other, call in calls.items() if other is not candidate})
                 took.append(seconds)
-            if number == 0 and left:
-                fastest = min(took[0] for took in self.seconds.values())
-                left = [it for it in left if it is left[0] or self.seconds[it][0] <= HOPELESS * fastest]
+            if number < len(HOPELESS):
+                best = {candidate: min(took) for candidate, took in self.seconds.items()}
+                most = HOPELESS[number] * min(best.values())
+                left = [it for it in left if it is left[0] or best[it] <= most]
                 self._end_evenly(left)
 
     def _end_evenly(self, left: Sequence[Candidate]) -> None:

@@ -27,11 +27,11 @@ def candidates(rows: Sequence[Row], settings: Settings) -> Iterator[Settings]:
     for engine in order.usable():
         if not engine.EXACT or all(engine.why_not(row.problem) for row in rows):
             continue
-        name = "automatic" if engine is order.engines()[0] else engine.NAME
         if engine.SPLITS_KEYS:
             sizes = [(query, key) for query in queries for key in keys]
         else:
-            all_at_once = engine is not order.engines()[0]  # with which automatic is just that
-            sizes = [(query, 0) for query in queries if query >= SMALLEST_WHOLE or (not query and all_at_once)]
+            sizes = [(query, 0) for query in queries if query >= SMALLEST_WHOLE or not query]
         for query, key in sizes:
-            yield replace(settings, engine=name, query_chunk=query, kv_chunk=key)
+            # Whoever sets sizes gets the first engine from automatic; without any it may be what was measured.
+            automatic = engine is order.engines()[0] and (query or key)
+            yield replace(settings, engine="automatic" if automatic else engine.NAME, query_chunk=query, kv_chunk=key)

@@ -17,7 +17,8 @@ import torch
 
 from ... import device as devices
 from ...engines import order
-from ...plan import Plan, limit_bytes, plan_problem
+from ...engines.table import Candidate, Class, Found, choose, class_of
+from ...plan import Plan, limit_bytes, measured, plan_problem, why_it_cannot
 from ...problem import Problem
 from ...settings import Settings
 from ..explain.rows import Row
@@ -154,6 +155,39 @@ class Exploration:
                 again._measure(problem, plan)
             again._end_round(calls)
         return [again._trial(settings) for settings in chosen]
+
+    def found(self) -> dict[Class, Found]:
+        """What is fastest for each shape, of what was compared with the fixed order's choice in as many rounds. Nothing
+        before it is complete."""
+        found: dict[Class, Found] = {}
+        for row in self.rows[::-1] if self.complete else ():  # of a class the costliest shape
+            seconds = self._seconds_of_candidates(row.problem)
+            chosen = choose(seconds) if len(seconds) > 1 else None
+            if chosen is not None:
+                found[class_of(row.problem)] = chosen
+        return found
+
+    def _seconds_of_candidates(self, problem: Problem) -> dict[Candidate, list[float]]:
+        """Seconds in every round, the fixed order's choice first; nothing where that was not compared, and of no other
+        that takes more than it may, or whose engine refused and had it computed by the next."""
+        by_rules = plan_problem(problem, replace(self.settings, **AUTOMATIC, measure=False), self.free_bytes)
+        limit = limit_bytes(problem, self.settings, self.free_bytes)
+        candidates = {key_of(problem, by_rules): Candidate(by_rules.engine)}
+        for settings in self._finalists:
+            plan = next(plan for its, plan in self._calls(settings) if its == problem)
+            if why_it_cannot(order.named(plan.engine), problem):
+                continue
+            of_table = measured(problem, settings)
+            tile = settings if of_table is None else of_table
+            candidates.setdefault(key_of(problem, plan), Candidate(plan.engine, tile.query_chunk, tile.kv_chunk))
+        known = {
+            candidate: self._in_rounds[key]
+            for key, candidate in candidates.items()
+            if key in self._in_rounds
+            and not ran_out(self._measured[key])
+            and statistics.median(peak for _, peak in self._measured[key]) <= limit
+        }
+        return known if Candidate(by_rules.engine) in known else {}
 
     def _find(self, choice: dict[str, object]) -> Trial | None:
         known = (*self.trials, *self.tried)

@@ -1,0 +1,48 @@
+"""Where the commands keep what was measured: in the user's cache folder, or in a file that they are given."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...engines.table import Class, Found, Machine
+from ..measured import file
+
+MISSING = "platformdirs, which knows where your cache folder is, is not installed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--table",
+        metavar="FILE",
+        type=Path,
+        help=f"what was measured is kept in FILE; the web UI's own is {file.NAME} in its data folder (default: "
+        f"{file.NAME} in your cache folder, which needs platformdirs)",
+    )
+
+
+def path(arguments: argparse.Namespace) -> Path | None:
+    """The file; None where nobody says which."""
+    if arguments.table is not None:
+        return arguments.table
+    try:
+        import platformdirs
+    except ImportError:
+        return None
+    return Path(platformdirs.user_cache_dir("subquad", appauthor=False), file.NAME)
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Go by what is in it, where there is one."""
+    if (its := path(arguments)) is not None:
+        file.load(its)
+
+
+def add(arguments: argparse.Namespace, machine: Machine, found: Mapping[Class, Found]) -> str:
+    """Keep this as well, and tell so in a sentence."""
+    its = path(arguments)
+    kept = file.add(its, machine, found)
+    if kept:
+        return f"Kept in {its}: automatic goes by it, and `python -m lib_subquad order` shows it."
+    return f"What was measured is not kept: {'see above' if its else f'{MISSING}; name a --table FILE'}."
