@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from .. import memory
+from ..engines.table import Found
 from . import options, status
 from .hosts import host
 
 RETRIES = "Subquad retries"
+MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 
 
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
+    for name in (RETRIES, MEASURED, *options.INFOTEXT.values()):  # of the image before: grids share these parameters
+        p.extra_generation_params.pop(name, None)
     status.begin()
     memory.forget()  # the model may have been moved since
     host().prepare()
@@ -31,6 +35,13 @@ def finish_batch(p) -> None:
         seen.reach = host().reach(seen.served)
     if seen.retries or seen.remembered:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
+    if seen.measured:
+        p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
+
+
+def _written(found: Found) -> str:
+    """Without a comma or a colon, for which web UIs would put it into quotes."""
+    return f"{found.engine} {found.query_chunk}x{found.kv_chunk}" if found.has_tile else found.engine
 
 
 def end(p) -> None:

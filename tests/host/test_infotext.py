@@ -18,6 +18,7 @@ CHANGED = {
     "subquad_checkpointing": "never",
     "subquad_upcast": "always",
     "subquad_vae": False,
+    "subquad_measure": False,
     "subquad_retry": False,
 }
 
