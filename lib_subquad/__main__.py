@@ -9,13 +9,14 @@ import os
 import sys
 
 from .console import UserError
-from .lab.commands import bench, growth, lab, plan, report
+from .lab.commands import bench, doctor, growth, lab, plan, report
 
 COMMANDS = {
     "plan": (plan, "how attention will be computed for a checkpoint and an image size"),
     "lab": (lab, "measure a checkpoint's shapes over engines and chunk sizes, recommend the best"),
     "bench": (bench, "measure ways to compute attention side by side"),
     "growth": (growth, "measure attention as the number of tokens doubles"),
+    "doctor": (doctor, "which engine each kind of call gets on this device, why, and what would help"),
     "report": (report, "what to paste into a report: the device, every engine's reasons, small calls checked"),
 }
 

@@ -24,8 +24,9 @@ class Plan:
     `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
     that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
-    kept for the backward pass rather than recomputed in it. `measured`: by which measurement it is faster than
-    in the way that the fixed order would have taken; None where that is this one.
+    kept for the backward pass rather than recomputed in it. `reruns`: an inexact engine's result was of no use, and an
+    exact one did the call. `measured`: by which measurement it is faster than in the way that the fixed order would
+    have taken; None where that is this one.
 
     Example:
         >>> import torch
@@ -44,6 +45,7 @@ class Plan:
     reasons: tuple[str, ...] = ()
     retries: int = 0
     keeps_scores: bool = False
+    reruns: int = 0
     measured: Found | None = None
 
     @property
@@ -54,6 +56,7 @@ class Plan:
         splits = order.named(self.engine).SPLITS_KEYS
         heads = f", {self.head_chunk} heads at a time" if splits else ""
         retries = f", {self.retries} retries" if self.retries else ""
+        retries += ", computed again exactly" if self.reruns else ""
         reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
         workspace = self.workspace_bytes / devices.MIB
         return (
@@ -135,7 +138,7 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
     """The plan of the first engine that can do it, and why those before it cannot; if none can, of the last."""
     found = measured(problem, settings)
     wanted = candidates(problem, settings)
-    if found is not None and found.margin > 1:
+    if found is not None:
         passed_over = [f"measured on this device: {found.margin:.2f} times as fast as what rules would take"]
     else:
         passed_over = [f"the engine is set to {wanted[0].NAME}"] if wanted[0] is not order.engines()[0] else []
@@ -147,13 +150,15 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
         if not reasons:
             break
         passed_over += reasons
-    by_measurement = found is not None and found.margin > 1 and found.engine == made.engine
-    return replace(made, measured=found if by_measurement else None), passed_over
+    taken = found is not None and found.engine == made.engine
+    return replace(made, measured=found if taken else None), passed_over
 
 
 def measured(problem: Problem, settings: Settings) -> Found | None:
-    """What was measured on this device for such calls, unless the user has chosen otherwise."""
-    return order.found(problem) if goes_by_measurements(settings) else None
+    """What was measured on this device to be faster for such calls than the fixed order's choice, unless the user has
+    chosen otherwise."""
+    found = order.found(problem) if goes_by_measurements(settings) else None
+    return found if found is not None and found.margin > 1 else None
 
 
 def goes_by_measurements(settings: Settings) -> bool:

@@ -10,6 +10,7 @@ from functools import cache
 from . import console, memory, recorded, refusals, trust
 from . import device as devices
 from .engines import order
+from .engines.base import UselessResult
 from .plan import Plan, candidates, limit_bytes, plan_problem, why_it_cannot, with_sizes
 from .problem import Problem
 from .settings import Settings
@@ -19,7 +20,7 @@ warn_once = cache(console.warn)
 
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
-_remembered: dict[tuple[Problem, Settings, tuple[bool, ...]], tuple[Plan, int]] = {}
+_remembered: dict[tuple[Problem, Settings, tuple[bool, ...], int], tuple[Plan, int]] = {}
 # Where an engine's gradients are left to PyTorch, and to what it keeps for them.
 _left_to_pytorch: set[tuple[str, Problem]] = set()
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
@@ -28,7 +29,7 @@ GROWN = 1.05  # free memory has grown when it is this much more than what did no
 def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
     """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
     gradients are wanted `free` is all that there is, which never grows."""
-    key = problem, settings, devices.switches()
+    key = problem, settings, devices.switches(), order.changes()
     found = _remembered.get(key)
     if found is not None:
         made, failed_at = found
@@ -98,13 +99,14 @@ class Attempts:
 
     def smaller_after(self, error: Exception) -> Plan:
         """What to try after `error`, which is being handled: smaller sizes where memory ran out, the next engine where
-        the kernel of this one refused.
+        the kernel of this one refused or gave what is of no use.
 
         Raises:
             Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
                 line that says what.
         """
-        refused, ran_out = refusals.is_refusal(error), devices.is_out_of_memory(error)
+        useless = isinstance(error, UselessResult)
+        refused, ran_out = useless or refusals.is_refusal(error), devices.is_out_of_memory(error)
         if (refused or ran_out) and self.problem.grad and not self.one_node and _is_computed_again():
             add_line(error, COMPUTED_AGAIN)
             raise error
@@ -112,9 +114,11 @@ class Attempts:
             later = next_engine(self.problem, self.plan, self.settings, self.backward)
             if later is None:
                 raise error
-            reason = refusals.reason(self.plan.engine, error)
-            self.refusals += ((self.plan.engine, reason),)
-            return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
+            reason = str(error) if useless else refusals.reason(self.plan.engine, error)
+            if not useless:
+                self.refusals += ((self.plan.engine, reason),)
+            reasons = (*_without_retry(self.plan.reasons), reason)
+            return replace(later, reasons=reasons, reruns=self.plan.reruns + useless)
         if not (self.settings.retry and ran_out):
             raise error
         smaller = halved(self.problem, self.plan, self.settings, self.backward)
@@ -126,14 +130,17 @@ class Attempts:
     def go_on(self, smaller: Plan) -> None:
         """Take that plan, for this call and the next ones of its kind."""
         ran_out = smaller.retries > self.plan.retries
+        if smaller.reruns > self.plan.reruns:
+            warn_once(f"[subquad] {smaller.reasons[-1]}. Such calls are computed again, exactly")
         self.plan = smaller
         if ran_out:
             devices.release_cached(self.problem.device)
             warn_once("[subquad] out of memory: going on with smaller chunks")
             memory.forget()
             free = memory.reading(self.problem.device, self.problem.grad).bytes
-            key = self.problem, self.settings, devices.switches()
-            _remembered[key] = (replace(self.plan, retries=0), free)
+            key = self.problem, self.settings, devices.switches(), order.changes()
+            if not self.plan.reruns:  # another call may come to the other engine, whose sizes are its own
+                _remembered[key] = (replace(self.plan, retries=0), free)
         memory.forget()  # a call that is known, or was planned meanwhile, is planned anew with what was found
 
     def remember_refusals(self) -> None:

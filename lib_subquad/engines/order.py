@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -10,12 +12,12 @@ import torch
 
 from .. import identity, settings
 from ..problem import Problem
-from . import fused, portable
-from .base import Engine, check_engine
-from .table import LONGEST_NAME, Found, Machine, Table, class_of
+from . import flash_attn, fused, portable, sage, xformers
+from .base import Engine, check_engine, is_installed
+from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
-_changes = 0
+_changes = _engine_changes = 0
 _table = Table()
 
 
@@ -74,8 +76,8 @@ def _existing(name: str) -> Engine:
 
 
 def _change(engines: tuple[Engine, ...]) -> None:
-    global _engines, _changes
-    _engines, _changes = engines, _changes + 1
+    global _engines, _changes, _engine_changes
+    _engines, _changes, _engine_changes = engines, _changes + 1, _engine_changes + 1
     machine.cache_clear()
     settings.offer_engines(names())
 
@@ -86,8 +88,13 @@ def engines() -> tuple[Engine, ...]:
 
 
 def changes() -> int:
-    """How often there has been another engine, or one less: what was found out about them before may be wrong."""
+    """How often there has been another engine, one less, or another table: plans made before may be wrong."""
     return _changes
+
+
+def engine_changes() -> int:
+    """How often there has been another engine, or one less: what was found out about them before may be wrong."""
+    return _engine_changes
 
 
 def names() -> list[str]:
@@ -124,7 +131,17 @@ def found(problem: Problem) -> Found | None:
     if problem.grad or not _table.machines:
         return None
     it = _table.found(machine(problem.device), class_of(problem))
-    return it if it is not None and it.engine in names() else None
+    return it if it is not None and it.engine in _exact() else None
+
+
+def all_found(device: torch.device) -> dict[Class, Found]:
+    """All that was measured for this device, as it is now."""
+    return {calls: it for calls, it in _table.machines.get(machine(device), {}).items() if it.engine in _exact()}
+
+
+def _exact() -> list[str]:
+    """Whatever a file says, no other engine is taken unasked."""
+    return [engine.NAME for engine in _engines if engine.EXACT]
 
 
 @cache
@@ -132,28 +149,56 @@ def machine(device: torch.device) -> Machine:
     """For whom a finding about this device holds. Never raises."""
     ours = sys.modules[__name__.partition(".")[0]].__version__  # which imports us
     drives = _told(identity.driver, device)
-    return Machine(_told(identity.device_name, device), drives, torch.__version__, ours, _versions())
+    return Machine(_told(identity.device_name, device), drives, str(torch.__version__), ours, _versions())
 
 
 def _told(ask: Callable[[torch.device], str], device: torch.device) -> str:
     try:
-        told = ask(device)
+        told = str(ask(device))
     except Exception as error:  # a driver that does not answer drives all the same
         told = f"not told ({type(error).__name__})"
+    return _seen(told)
+
+
+def _seen(told: str) -> str:
     return "".join(letter for letter in told if letter.isprintable())[:LONGEST_NAME]
 
 
 def _versions() -> str:
-    return ", ".join(engine.NAME for engine in _engines)
+    """The engines that can be had, each with its package's version."""
+    told = []
+    for engine in filter(is_installed, _engines):
+        version = ""
+        if hasattr(engine, "installed"):
+            with contextlib.suppress(Exception):  # it came without its metadata
+                version = f" {importlib.metadata.version(engine.NAME)}"
+        told.append(engine.NAME + version)
+    return _seen(", ".join(told))
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:
-    """Those to be asked in turn: the one that the user wants, if it is one's name, and then the exact ones in order."""
+    """Those to be asked in turn: the one that the user wants, if it is one's name, and then the exact ones in order
+    whose package is there."""
+    return tuple(engine for engine in exact(wanted) if engine.NAME == wanted or is_installed(engine))
+
+
+def exact(wanted: str) -> tuple[Engine, ...]:
+    """The same without a look at what is installed, which no compiler can follow."""
     first = [engine for engine in _engines if engine.NAME == wanted]
     return (*first, *(engine for engine in _engines if engine.EXACT and engine not in first))
 
 
-# A fused kernel where the device has one; what runs everywhere comes last.
-_OURS: tuple[Engine, ...] = (fused, portable)
+def inexact() -> list[str]:
+    """The names of those that give results of their own, which users must ask for."""
+    return [engine.NAME for engine in _engines if not engine.EXACT]
+
+
+def usable() -> tuple[Engine, ...]:
+    """All whose package is there, exact or not."""
+    return tuple(engine for engine in _engines if is_installed(engine))
+
+
+# A fused kernel where the device has one; what users may have installed; what runs everywhere comes last.
+_OURS: tuple[Engine, ...] = (fused, xformers, flash_attn, sage, portable)
 for _engine in _OURS:
     register(_engine)

@@ -23,10 +23,11 @@ AGREEING = 0.8
 FEWEST_ROUNDS = 3
 
 FORMAT = 1
-LARGEST_FILE = 1 << 20  # bytes
-MOST_MACHINES, MOST_FOUND = 16, 512
-LONGEST_NAME = 200  # characters
+LARGEST_FILE = 4 << 20  # bytes; the most that a table takes is less
+MOST_MACHINES, MOST_FOUND = 16, 256
+LONGEST_NAME, LONGEST_WORD, LONGEST_NUMBER = 200, 40, 20  # characters
 LARGEST_CLASS, WIDEST, GREATEST_MARGIN = 40, 1 << 16, 1e6
+SMALLEST_CHUNK = 64  # smaller ones are for when memory runs out
 
 
 class Machine(NamedTuple):
@@ -111,7 +112,7 @@ def choose(seconds: Mapping[Candidate, Sequence[float]]) -> Found | None:
         clear = len(ratios) >= FEWEST_ROUNDS and sum(ratio <= CLEAR for ratio in ratios) >= AGREEING * len(ratios)
         if clear and statistics.median(ratios) < min(best_ratio, CLEAR):
             best, best_ratio = other, statistics.median(ratios)
-    return Found(*best, margin=round(1 / best_ratio, 2))
+    return Found(*best, margin=min(round(1 / best_ratio, 2), GREATEST_MARGIN))
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ class Table:
         return self.machines.get(machine, {}).get(calls)
 
     def with_found(self, machine: Machine, found: Mapping[Class, Found]) -> Table:
-        """A table that has these as well; the oldest go where there are too many."""
-        its = {**self.machines.get(machine, {}), **found}
+        """A table that has these as well; the oldest go where there are too many, and what no file could hold."""
+        new = {calls: it for calls, it in found.items() if _can_be_kept(calls, it)}
+        its = {calls: it for calls, it in self.machines.get(machine, {}).items() if calls not in new} | new
         its = dict(list(its.items())[-MOST_FOUND:])
         others = [(other, them) for other, them in self.machines.items() if other != machine]
         return Table(dict([*others[1 - MOST_MACHINES :], (machine, its)]))
@@ -135,7 +137,7 @@ class Table:
 
     def to_json(self) -> str:
         machines = [
-            machine._asdict() | {"found": [calls._asdict() | dataclasses.asdict(it) for calls, it in found.items()]}
+            machine._asdict() | {"found": [_fields_of(calls, it) for calls, it in found.items()]}
             for machine, found in self.machines.items()
         ]
         return json.dumps({"format": FORMAT, "machines": machines}, indent=1, allow_nan=False)
@@ -150,7 +152,7 @@ class Table:
         if len(text) > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
         try:
-            read = json.loads(text)
+            read = json.loads(text, parse_int=_number)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"it is no JSON ({type(error).__name__})") from None
         given = _fields(read, "the file", format=int, machines=list)
@@ -159,6 +161,24 @@ class Table:
         if len(given["machines"]) > MOST_MACHINES:
             raise ValueError(f"it has more than {MOST_MACHINES} machines")
         return cls(dict(_machine(it) for it in given["machines"]))
+
+
+def _number(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:  # of a million it would take seconds
+        raise ValueError
+    return int(digits)
+
+
+def _fields_of(calls: Class, found: Found) -> dict[str, Any]:
+    return calls._asdict() | dataclasses.asdict(found)
+
+
+def _can_be_kept(calls: Class, found: Found) -> bool:
+    """Whether a file would give it back: an engine may have any name, and a call be larger than any that is known."""
+    try:
+        return _found(_fields_of(calls, found)) == (calls, found)
+    except ValueError:
+        return False
 
 
 def _machine(given: Any) -> tuple[Machine, dict[Class, Found]]:
@@ -174,14 +194,17 @@ def _found(given: Any) -> tuple[Class, Found]:
     whole = ("width", "value_width", "heads", "queries", "keys", "query_chunk", "kv_chunk")
     read = _fields(given, "a finding", **kinds, **dict.fromkeys(whole, int), margin=(int, float))
     for name in kinds:
-        _word(read[name], name)
+        _word(read[name], name, LONGEST_WORD)
     most = dict.fromkeys(whole, LARGEST_CLASS) | {"width": WIDEST, "value_width": WIDEST}
     most |= {"query_chunk": CHUNK_MAX, "kv_chunk": CHUNK_MAX}
     for name in whole:
         if not 0 <= read[name] <= most[name]:
             raise ValueError(f"{name} is {shown(read[name])}; expected 0 to {most[name]}")
+    for name in ("query_chunk", "kv_chunk"):
+        if 0 < read[name] < SMALLEST_CHUNK:
+            raise ValueError(f"{name} is {read[name]}; expected 0 or at least {SMALLEST_CHUNK}")
     if not 1 <= read["margin"] <= GREATEST_MARGIN:  # NaN is not either
-        raise ValueError(f"margin is {shown(read['margin'])}; expected at least 1")
+        raise ValueError(f"margin is {shown(read['margin'])}; expected 1 to {GREATEST_MARGIN:.0f}")
     calls = Class(*(read[name] for name in Class._fields))
     return calls, Found(read["engine"], read["query_chunk"], read["kv_chunk"], float(read["margin"]))
 
@@ -200,7 +223,7 @@ def _fields(given: Any, what: str, **kinds: Any) -> dict[str, Any]:
     return given
 
 
-def _word(text: str, name: str) -> str:
-    if len(text) > LONGEST_NAME or not text.isprintable():
-        raise ValueError(f"{name} is {shown(text)}; expected at most {LONGEST_NAME} characters, all to be seen")
+def _word(text: str, name: str, longest: int = LONGEST_NAME) -> str:
+    if len(text) > longest or not text.isprintable():
+        raise ValueError(f"{name} is {shown(text)}; expected at most {longest} characters, all to be seen")
     return text

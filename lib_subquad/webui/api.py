@@ -59,6 +59,9 @@ class StatusResponse(BaseModel):
     )
     out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")
     passed_on: dict[str, int] = Field({}, description="calls left to the web UI's own attention: reason -> calls")
+    reruns: int = Field(
+        0, description="calls computed again by an exact engine, as the inexact one's result was no use"
+    )
 
 
 class MeasuredRow(BaseModel):
@@ -136,6 +139,7 @@ def status_route() -> StatusResponse:
         layers=seen.reach.places,
         out_of_reach={sendable(owner): count for owner, count in seen.reach.owners.items()},
         passed_on=dict(seen.passed_on),
+        reruns=seen.reruns,
         **fields,
     )
 

@@ -26,13 +26,15 @@ class Generation:
     `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to. `served` holds the
     `id` of every place that made a call: a cross-attention layer, or a function that the web UI holds somewhere.
     `begun`: there was one, so that silence says that nothing of it was ours. `passed_on` counts the calls that came to
-    us and that the web UI's own attention computed, by the reason. `measuring` says what is measured before it, and
-    then what was found; `measured` holds the findings that its calls went by instead of by the fixed order.
+    us and that the web UI's own attention computed, by the reason; `reruns` those of which an inexact engine's result
+    was of no use, so that an exact one computed them again. `measuring` says what is measured before it, and then what
+    was found; `measured` holds the findings that its calls went by instead of by the fixed order.
     """
 
     begun: bool = False
     calls: int = 0
     retries: int = 0
+    reruns: int = 0
     remembered: bool = False
     largest: Plan | None = None
     served: set[int] = field(default_factory=set)
@@ -46,6 +48,7 @@ class Generation:
         if place is not None:
             self.served.add(id(place))
         self.retries += plan.retries
+        self.reruns += plan.reruns
         self.remembered = self.remembered or not plan.retries and RETRY_REASON in plan.reasons
         if self.largest is None or plan.workspace_bytes >= self.largest.workspace_bytes:
             self.largest = plan
@@ -91,8 +94,14 @@ def summary() -> str:
         f"{counted(seen.retries, 'retry', 'retries')} after running out of memory" if seen.retries else "no retries"
     )
     calls = counted(seen.calls, "call", "calls")
-    told = [f"Last generation: {calls}, {retries}. Largest: {seen.largest}", *missed(seen)]
+    calls = ", ".join([calls, retries, *again(seen)])
+    told = [f"Last generation: {calls}. Largest: {seen.largest}", *missed(seen)]
     return " ".join(filter(None, [*told, seen.measuring]))
+
+
+def again(seen: Generation) -> list[str]:
+    """How many calls an exact engine computed again, if any."""
+    return [f"{seen.reruns} computed again exactly"] if seen.reruns else []
 
 
 def counted(number: int, one: str, many: str) -> str:

@@ -13,7 +13,7 @@ from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import Trial, about_as_fast
 from ..plan import goes_by_measurements
 from ..settings import Option, Settings, shown
-from .status import Generation, missed, nothing
+from .status import Generation, again, missed, nothing
 
 FEW_COLUMNS = 5
 MOST_TRIED = 8
@@ -43,6 +43,7 @@ TERMS = {
     "Chunks": "How many tokens ask at a time x how many they look at in one go.",
     "Calls": "How often attention was computed for that image: once for every layer in every step.",
     "Retries": "How often memory ran out and attention went on in smaller chunks instead of failing.",
+    "Reruns": "How often the inexact engine that is set gave NaN or infinity, so that an exact one computed the call.",
     "Peak": "The most memory that any call needed beside its input and its result.",
 }
 
@@ -115,9 +116,10 @@ def last_generation(seen: Generation) -> str:
     if seen.largest is None:
         return f"{nothing(seen)}{out_of_reach}"
     made = seen.largest
+    reruns = "".join(f", {term(words, 'Reruns')}" for words in again(seen))
     return (
         f"Last generation: {seen.calls} {term(_plural('call', seen.calls), 'Calls')}, "
-        f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}. "
+        f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}{reruns}. "
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."

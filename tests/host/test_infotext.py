@@ -75,10 +75,15 @@ def test_measurements_are_written_once_each_without_what_is_quoted(subquad):
     subquad.select("subquad")
     p = SimpleNamespace(extra_generation_params={})
     subquad.infotext.begin(p)
-    for found in (Found("portable", 512, 1024, 1.2), Found("fused", margin=1.3), Found("portable", 512, 1024, 1.4)):
+    for found in (
+        Found("portable", 512, 1024, 1.2),
+        Found("fused", margin=1.3),
+        Found("portable", 512, 1024, 1.4),
+        Found("portable", 256, 0, 2.0),
+    ):
         subquad.status.record(Plan(found.engine, 64, 64, 1, 1000, measured=found))
     subquad.infotext.finish_batch(p)
-    assert p.extra_generation_params == {"Subquad measured": "fused; portable 512x1024"}
+    assert p.extra_generation_params == {"Subquad measured": "fused; portable 256xauto; portable 512x1024"}
 
 
 @pytest.mark.parametrize(("value", "written"), [("many", {}), (512.0, {"Subquad query chunk": 512}), (-3, {})])
@@ -131,3 +136,19 @@ def test_one_call_is_one_call(subquad, calls, words):
     for _ in range(calls):
         subquad.status.record(Plan("portable", 64, 64, 1, 1000))
     assert subquad.status.summary().startswith(f"Last generation: {words}")
+
+
+def test_calls_that_were_computed_again_exactly_are_written_and_told(subquad):
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    for reruns in (0, 1, 1):
+        subquad.status.record(Plan("fused", 64, 64, 1, 1000, ("a reason",), reruns=reruns))
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Subquad exact reruns": 2}
+    assert "3 calls, no retries, 2 computed again exactly. Largest" in subquad.status.summary()
+    from lib_subquad.webui import api, words
+
+    told = re.sub("<[^>]*>", "", words.last_generation(subquad.status.generation()))
+    assert "no retries, 2 computed again exactly. The largest" in told
+    assert api.status_route().reruns == 2

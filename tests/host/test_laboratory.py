@@ -172,17 +172,17 @@ def test_it_says_who_is_busy(laboratory, lock):
 
 def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
     """Automatic is in force where it stands, and recommended: there is nothing to set."""
-    loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="xformers")
+    loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="hyperformers")
     measurement, _ = laboratory.request(None)
     measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings()))
     message, moved = laboratory.apply(measurement)
     assert "subquad_query_chunk" in moved and "subquad_engine" not in moved and "Engine" not in message
-    assert loaded.opts.subquad_engine == "xformers"
+    assert loaded.opts.subquad_engine == "hyperformers"
     laboratory.undo()
-    assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "xformers")
+    assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "hyperformers")
     measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings(engine="portable")))
-    assert "Engine: xformers → portable" in laboratory.apply(measurement)[0]
-    assert laboratory.undo()[1]["subquad_engine"] == "xformers"
+    assert "Engine: hyperformers → portable" in laboratory.apply(measurement)[0]
+    assert laboratory.undo()[1]["subquad_engine"] == "hyperformers"
 
 
 def test_apply_and_undo(laboratory, loaded):

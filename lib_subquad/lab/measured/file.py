@@ -7,19 +7,29 @@ meanwhile; and one process at a time adds to it, so that none takes away what an
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from ... import console
 from ...engines import order
 from ...engines.table import LARGEST_FILE, Class, Found, Machine, Table
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
 NAME = "subquad_measured.json"
-PATIENCE = 2.0  # seconds to wait for another process that writes
-STALE = 10.0  # seconds after which whoever had begun to write has ended without a word
+PATIENCE = 5.0  # seconds to wait for another process that writes
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what a lock says that another has
 TRIES = 20  # Windows lets nobody replace a file while somebody reads it
 
 
@@ -29,46 +39,65 @@ def load(path: Path) -> Table:
     return order.table()
 
 
-def add(path: Path | None, machine: Machine, found: Mapping[Class, Found]) -> None:
-    """Go by this too, and keep it in the file, if there is one to be."""
-    _change(path, lambda table: table.with_found(machine, found))
+def add(path: Path | None, machine: Machine, found: Mapping[Class, Found]) -> bool:
+    """Go by this too, and keep it in the file, if there is one to be; whether it is kept."""
+    return _change(path, lambda table: table.with_found(machine, found))
 
 
-def forget(path: Path | None, machine: Machine | None = None) -> None:
-    """Go by the fixed rules again, on this machine or on all, and forget what was measured there."""
-    _change(path, lambda table: table.without(machine) if machine is not None else Table())
+def forget(path: Path | None, machine: Machine | None = None) -> bool:
+    """Go by the fixed rules again, on this machine or on all, and forget what was measured there; whether the file has
+    forgotten it."""
+    return _change(path, lambda table: table.without(machine) if machine is not None else Table())
 
 
-def _change(path: Path | None, change: Callable[[Table], Table]) -> None:
+def _change(path: Path | None, change: Callable[[Table], Table]) -> bool:
     order.go_by(change(order.table()))
     if path is None:
-        return
+        return False
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
-            _write(path, change(read(path)))
+            _tidy(path)
+            _write(path, change(_read(path)))
     except OSError as error:
         _warn_once(f"[subquad] what was measured is not kept: {path.name} cannot be written ({_why(error)})")
+        return False
+    return True
 
 
 def read(path: Path) -> Table:
     """What it holds. Never raises."""
     try:
+        return _read(path)
+    except OSError as error:
+        _warn_once(f"[subquad] {path.name} cannot be read ({_why(error)}): nothing is known to have been measured")
+    return Table()
+
+
+def _read(path: Path) -> Table:
+    """What it holds; nothing where it is broken.
+
+    Raises:
+        OSError: it is there, and cannot be read: whoever wrote it anew would take away what it holds.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for its writer
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             content = file.read(LARGEST_FILE + 1)
         return Table.from_json(content.decode("utf-8"))
     except FileNotFoundError:
         return Table()
-    except OSError as error:
-        _warn_once(f"[subquad] {path.name} cannot be read ({_why(error)}): nothing is known to have been measured")
-    except ValueError as error:  # that it is no UTF-8 among them
-        _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {error}")
+    except ValueError as error:
+        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error
+        _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {why}")
     return Table()
 
 
 def _write(path: Path, table: Table) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+        with open(beside, "x", encoding="utf-8", newline="\n") as file:
             file.write(table.to_json())
             file.flush()
             os.fsync(file.fileno())
@@ -87,35 +116,40 @@ def _write(path: Path, table: Table) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """While no other process changes the file; after `PATIENCE` all the same: the worst is that a finding is lost."""
-    lock, until, mine = path.with_name(f"{path.name}.lock"), time.monotonic() + PATIENCE, False
-    while not mine and time.monotonic() < until:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            mine = True
-        except (FileExistsError, PermissionError):  # Windows says the latter of one that is being deleted
-            with contextlib.suppress(OSError):
-                if time.time() - os.stat(lock).st_mtime > STALE:
-                    os.unlink(lock)
-                    _tidy(path)
-            time.sleep(0.01)
-    try:
+    """While no other process changes the file; after `PATIENCE` all the same: the worst is that a finding is lost.
+
+    The lock is the system's, which takes it back from a process that ends. Its file stays: whoever deleted it would
+    take it from those who wait.
+    """
+    with open(path.with_name(f"{path.name}.lock"), "ab") as lock:
+        until = time.monotonic() + PATIENCE
+        while not _locked(lock) and time.monotonic() < until:
+            time.sleep(0.003)
         yield
-    finally:
-        if mine:
-            with contextlib.suppress(OSError):
-                os.unlink(lock)
+
+
+def _locked(lock: BinaryIO) -> bool:
+    """Whether this process has it now, until the file is closed; also where there are no locks on this disk."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            lock.seek(0)
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        return error.errno not in HELD
+    return True
 
 
 def _tidy(path: Path) -> None:
     """Remove what processes left that ended in the middle of writing."""
-    for left in path.parent.glob(f"{path.name}.*.tmp"):
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             left.unlink()
 
 
 def _why(error: OSError) -> str:
-    return error.strerror or type(error).__name__  # and not the path, which may have a name in it
+    return error.strerror or str(error) or type(error).__name__  # and not the path, which may have a name in it
 
 
 _warn_once = cache(console.warn)

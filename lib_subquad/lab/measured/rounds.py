@@ -1,4 +1,12 @@
-"""Time the exact engines on a model's own shapes, for a few seconds, and tell which is fastest for each."""
+"""Time the exact engines on a model's own shapes, for a few seconds, and tell which is fastest for each.
+
+    problems = rounds.unknown([(problem, layers), ...], settings)
+    found = rounds.measured(problems, settings, rounds.seconds_for(device))
+    file.add(path, order.machine(device), found)
+
+Where too little came of it – another program took the time, or the memory – nothing is found, and `tried` knows: nobody
+waits for the same again before the next start, or `forget()`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ... import console, refusals
 from ... import device as devices
 from ...attention import attention
 from ...engines import order
-from ...engines.table import FEWEST_ROUNDS, Candidate, Class, Found, choose, class_of
+from ...engines.table import FEWEST_ROUNDS, Candidate, Class, Found, Machine, choose, class_of
 from ...plan import Plan, plan_problem
 from ...problem import Problem
 from ...settings import CHUNK_MAX, Settings
@@ -26,10 +35,14 @@ SECONDS_ON_A_CPU, SECONDS = 5.0, 2.0
 NEGLIGIBLE_SHARE = 0.03
 # After a first call each, whatever took this many times as long as the fastest is tried no more.
 HOPELESS = 1.25
+# Nor is what takes this many times as long for a few queries, where all of them would take this share of the time.
+VERY_SLOW, COSTLY = 4, 0.1
 MOST_ROUNDS = 25
 SHORT = 2e-3  # seconds: shorter calls are timed several in a row
 FEW = 256  # queries
 SYNCHRONIZED = ("cpu", "cuda", "mps", "xpu")
+
+_tried: set[tuple[Machine, Class]] = set()
 
 
 def seconds_for(device: torch.device) -> float:
@@ -38,15 +51,37 @@ def seconds_for(device: torch.device) -> float:
 
 
 def unknown(problems: Iterable[tuple[Problem, int]], settings: Settings) -> list[Problem]:
-    """Of these, each with the number of its layers, the ones that are worth measuring, the costliest first: nothing is
-    known of their class yet, more than one way to compute them is at hand, and they take a share of the whole."""
+    """Of those that are `worth_measuring`, the ones of whose class nothing is known yet, and that were not tried."""
+    new = [it for it in _costly(problems) if order.found(it) is None and not tried(it)]
+    return [problem for problem in new if len(candidates(problem, settings)) > 1]
+
+
+def worth_measuring(problems: Iterable[tuple[Problem, int]], settings: Settings) -> list[Problem]:
+    """Of these, each with the number of its layers, one of each class, the costliest first: it takes a share of the
+    whole, and there is more than one way to compute it."""
+    return [problem for problem in _costly(problems) if len(candidates(problem, settings)) > 1]
+
+
+def _costly(problems: Iterable[tuple[Problem, int]]) -> list[Problem]:
     costs: dict[Problem, float] = {}
     for problem, layers in problems:
         costs[problem] = costs.get(problem, 0.0) + _cost(problem) * layers
-    worth = [problem for problem in costs if costs[problem] >= NEGLIGIBLE_SHARE * sum(costs.values())]
-    distinct = {class_of(problem): problem for problem in sorted(worth, key=_cost)}
-    new = [problem for problem in distinct.values() if not problem.grad and order.found(problem) is None]
-    return [problem for problem in reversed(new) if len(candidates(problem, settings)) > 1]
+    least = NEGLIGIBLE_SHARE * sum(costs.values())
+    worth = [problem for problem in costs if costs[problem] and costs[problem] >= least and not problem.grad]
+    distinct: dict[Class, Problem] = {}
+    for problem in sorted(worth, key=_cost, reverse=True):
+        distinct.setdefault(class_of(problem), problem)
+    return list(distinct.values())
+
+
+def tried(problem: Problem) -> bool:
+    """Whether this process has measured calls of this class on this device, and nothing came of it."""
+    return (order.machine(problem.device), class_of(problem)) in _tried
+
+
+def forget() -> None:
+    """Measure anew what was tried in vain."""
+    _tried.clear()
 
 
 def _cost(problem: Problem) -> float:
@@ -62,23 +97,39 @@ def measured(
     """What is fastest for each of these problems, as far as `seconds` reach; the costliest first.
 
     Queries are fewer than they are where a call would take too long: time goes with their number, whatever computes
-    them. Nothing is told of a problem for which there was too little time, or too little memory.
+    them. Nothing is told of a problem for which there was too little time, or too little memory: that is `tried`. Never
+    raises: an engine that fails is none for this problem.
     """
     found: dict[Class, Found] = {}
     until = time.perf_counter() + seconds
     for number, problem in enumerate(problems):
         now = time.perf_counter()
-        its = _Comparison(problem, settings, now + (until - now) / (len(problems) - number))
         telling(f"{problem.queries} x {problem.keys} tokens")
-        if now < until and (chosen := its.chosen()) is not None:
+        chosen = _chosen(problem, settings, now + (until - now) / (len(problems) - number)) if now < until else None
+        devices.release_cached(problem.device)
+        if chosen is None:
+            _tried.add((order.machine(problem.device), class_of(problem)))
+        else:
             found[class_of(problem)] = chosen
     return found
+
+
+def _chosen(problem: Problem, settings: Settings, until: float) -> Found | None:
+    try:
+        comparison = _Comparison(problem, settings, until)
+        with torch.no_grad():
+            comparison.run()
+        return comparison.chosen()
+    except Exception as error:  # no memory for tensors of these sizes; or a device that computes nothing any more
+        if not devices.is_out_of_memory(error):
+            console.warn(f"[subquad] engines cannot be measured: {error}")
+    return None
 
 
 def candidates(problem: Problem, settings: Settings) -> dict[Candidate, Settings]:
     """What may compute it inside the memory limit, each with settings that take it: the fixed order's choice, the other
     engines, and then other tiles."""
-    plain = replace(settings, engine="automatic", query_chunk=0, kv_chunk=0, measure=False)
+    plain = replace(settings, engine="automatic", query_chunk=0, kv_chunk=0, measure=False, retry=False)
     first = plan_problem(problem, plain)
     able: dict[Candidate, Settings] = {}
     tiles: dict[Candidate, Settings] = {}
@@ -104,6 +155,10 @@ def _tiles(made: Plan) -> Iterator[tuple[int, int]]:
         )
 
 
+class _Dropped(Exception):
+    """A candidate did not compute the call: it is none."""
+
+
 class _Comparison:
     """One problem, computed in turn by all that can, until it is clear or its time is over."""
 
@@ -113,70 +168,122 @@ class _Comparison:
         self.seconds: dict[Candidate, list[float]] = {}
 
     def chosen(self) -> Found | None:
-        try:
-            with torch.no_grad():
-                self._run()
-        except Exception as error:  # no memory for tensors of these sizes
-            if not devices.is_out_of_memory(error):
-                raise
-        devices.release_cached(self.problem.device)
+        """The fastest, the first of what is left being what the fixed order comes to."""
         return choose(self.seconds) if self.seconds else None
 
-    def _run(self) -> None:
+    def run(self) -> None:
         query, key, value, mask = tensors(self.problem)
 
-        def call(settings: Settings, rows: int) -> Callable[[], Tensor]:
+        def call(candidate: Candidate, rows: int) -> Callable[[], Tensor]:
             its_mask = None if mask is None else rows_of(mask, slice(rows))
-            return lambda: attention(query[:, :, :rows], key, value, mask=its_mask, settings=settings)
+            settings = self.candidates[candidate]
+            return lambda: _computed(candidate, settings, query[:, :, :rows], key, value, its_mask)
 
         few = min(FEW, self.problem.queries)
-        first = call(next(iter(self.candidates.values())), few)
-        self._time(first)  # libraries load and caches fill
-        took = self._time(first)
+        took = self._first_of_all(call, few)
+        if took is None:
+            return
         able, rows = self._within_time(took, few)
-        calls = {candidate: call(settings, rows) for candidate, settings in able.items()}
-        for candidate, settings in able.items():
+        calls: dict[Candidate, Callable[[], Tensor]] = {}
+        for candidate in able:
             if time.perf_counter() + took > self.until:
                 return
-            self._time(call(settings, few) if self.problem.device.type == "cpu" else calls[candidate])
-        self._rounds(calls)
+            seconds = self._time(call(candidate, few))
+            if candidate is not able[0] and seconds is not None and self._is_very_slow(seconds, took, rows / few):
+                if self._is_very_slow(seconds, took, 1):
+                    continue
+                seconds = self._time(call(candidate, few))  # its libraries are loaded now
+                if seconds is None or self._is_very_slow(seconds, took, rows / few):
+                    continue
+            # On a CPU a few queries are enough for caches to fill.
+            if seconds is not None and self.problem.device.type != "cpu":
+                seconds = self._time(call(candidate, rows))
+            if seconds is not None:
+                calls[candidate] = call(candidate, rows)
+        if calls:
+            self._rounds(calls)
 
-    def _within_time(self, took: float, few: int) -> tuple[dict[Candidate, Settings], int]:
+    def _is_very_slow(self, seconds: float, of_the_first: float, times: float) -> bool:
+        """By what a few queries take, and how many times as many there are to be."""
+        left = self.until - time.perf_counter()
+        return seconds > VERY_SLOW * of_the_first and seconds * times > COSTLY * left
+
+    def _first_of_all(self, call: Callable[[Candidate, int], Callable[[], Tensor]], few: int) -> float | None:
+        """Seconds of the first candidate that can, for a few queries, once libraries are loaded and caches full; those
+        before it are none. None where there is no such candidate, or no time."""
+        for candidate in list(self.candidates):
+            for once_more in (True, False):
+                if time.perf_counter() > self.until:
+                    return None
+                took = self._time(call(candidate, few))
+                if took is None:
+                    del self.candidates[candidate]
+                    break
+                if not once_more:
+                    return took
+        return None
+
+    def _within_time(self, took: float, few: int) -> tuple[list[Candidate], int]:
         """As many candidates as there is time for, if but on a few queries; and how many queries there is time for."""
         calls_of_few = (self.until - time.perf_counter()) / took
         most = int(calls_of_few / (FEWEST_ROUNDS + 2))
-        able = dict(list(self.candidates.items())[: max(most, 2)])
+        able = list(self.candidates)[: max(most, 2)]
         rows = few * calls_of_few / (len(able) * 2 + FEWEST_ROUNDS * 3)
         return able, min(self.problem.queries, max(few, round(rows)))
 
     def _rounds(self, calls: dict[Candidate, Callable[[], Tensor]]) -> None:
         """All of them side by side, every other round backwards; after the first without those that are hopeless."""
-        first, *_ = left = list(calls)
+        left = list(calls)
         for number in range(MOST_ROUNDS):
             for candidate in left if number % 2 == 0 else left[::-1]:
                 took = self.seconds.setdefault(candidate, [])
                 if time.perf_counter() + (took[-1] if took else 0.0) > self.until:
                     return self._end_evenly(left)
-                took.append(self._time(calls[candidate]))
-            if number == 0:
+                seconds = self._time(calls[candidate])
+                if seconds is None:  # it computes nothing any more: what was given up beside it may be the fastest
+                    self.seconds = {}
+                    return self._rounds({other: call for other, call in calls.items() if other is not candidate})
+                took.append(seconds)
+            if number == 0 and left:
                 fastest = min(took[0] for took in self.seconds.values())
-                left = [it for it in left if it is first or self.seconds[it][0] <= HOPELESS * fastest]
+                left = [it for it in left if it is left[0] or self.seconds[it][0] <= HOPELESS * fastest]
                 self._end_evenly(left)
 
     def _end_evenly(self, left: Sequence[Candidate]) -> None:
         """Only whole rounds count: in them all were measured side by side."""
-        whole = min(len(self.seconds.get(candidate, ())) for candidate in left)
+        whole = min((len(self.seconds.get(candidate, ())) for candidate in left), default=0)
         self.seconds = {candidate: self.seconds.get(candidate, [])[:whole] for candidate in left}
 
-    def _time(self, call: Callable[[], Tensor]) -> float:
-        """Seconds of a call; of a short one, of several in a row."""
+    def _time(self, call: Callable[[], Tensor]) -> float | None:
+        """Seconds of a call; of a short one, of several in a row. None where the candidate is none."""
         device, calls = self.problem.device, 0
-        meter.synchronize(device)
-        start = now = time.perf_counter()
-        while now - start < SHORT:
-            output = call()
+        try:
             meter.synchronize(device)
-            if device.type not in SYNCHRONIZED:
-                output[..., :1, :1].to("cpu")  # waits for what it is made of
-            calls, now = calls + 1, time.perf_counter()
-        return (now - start) / calls
+            start = now = time.perf_counter()
+            while now - start < SHORT:
+                output = call()
+                meter.synchronize(device)
+                if device.type not in SYNCHRONIZED:
+                    output[..., :1, :1].to("cpu")  # waits for what it is made of
+                calls, now = calls + 1, time.perf_counter()
+            return (now - start) / calls
+        except Exception as error:
+            if refusals.is_fatal(error):
+                raise
+        devices.release_cached(device)  # out of the except block, which holds the tensors that the call had made
+        return None
+
+
+def _computed(
+    candidate: Candidate, settings: Settings, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The call, by this very candidate.
+
+    Raises:
+        _Dropped: another engine had to do it, because its own refused or was wrong.
+    """
+    plans: list[Plan] = []
+    output = attention(query, key, value, mask=mask, settings=settings, report=plans.append)
+    if plans[0].engine != candidate.engine:
+        raise _Dropped
+    return output

@@ -105,7 +105,7 @@ def check(shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device) 
     query, key, value, mask = tensors(shape, masked, dtype, device)
     expected = _expected(query, key, value, mask)
     outcomes = [Outcome(PYTORCH, lambda: pytorch.OWN(query, key, value, attn_mask=mask))]
-    for engine in order.engines():
+    for engine in order.usable():
         can, why = answer(engine, problem_of(shape, device, dtype, masked))
         attend = _only(engine, query, key, value, mask)
         outcomes.append(Outcome(engine.NAME, attend, note="" if can == "can" else why))

@@ -24,13 +24,14 @@ def candidates(rows: Sequence[Row], settings: Settings) -> Iterator[Settings]:
     most = max((row.problem.queries for row in rows), default=0)
     queries = [size for size in QUERY_CHUNKS if size < most] + [0]
     keys = [size for size in KV_CHUNKS if size < most] + [0]
-    for engine in order.engines():
+    for engine in order.usable():
         if not engine.EXACT or all(engine.why_not(row.problem) for row in rows):
             continue
         name = "automatic" if engine is order.engines()[0] else engine.NAME
         if engine.SPLITS_KEYS:
             sizes = [(query, key) for query in queries for key in keys]
         else:
-            sizes = [(query, 0) for query in queries if query >= SMALLEST_WHOLE]
+            all_at_once = engine is not order.engines()[0]  # with which automatic is just that
+            sizes = [(query, 0) for query in queries if query >= SMALLEST_WHOLE or (not query and all_at_once)]
         for query, key in sizes:
             yield replace(settings, engine=name, query_chunk=query, kv_chunk=key)

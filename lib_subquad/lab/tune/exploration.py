@@ -16,6 +16,7 @@ from operator import itemgetter
 import torch
 
 from ... import device as devices
+from ...engines import order
 from ...plan import Plan, limit_bytes, plan_problem
 from ...problem import Problem
 from ...settings import Settings
@@ -126,6 +127,7 @@ class Exploration:
             ("too unsteady to tell", unclear),
             ("faster by too little to change", ahead and trial.fits),
             ("over the memory limit", not trial.fits),
+            ("inexact", trial.settings.engine in order.inexact()),
         )
         return [words for words, true in said if true]
 
