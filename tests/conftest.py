@@ -17,6 +17,7 @@ import torch
 import lib_subquad
 from lib_subquad import trust
 from lib_subquad.engines import fused, order
+from lib_subquad.engines.table import Table
 from lib_subquad.problem import Problem
 from tests import devices
 from tests.threads import torch_threads
@@ -72,6 +73,7 @@ def nothing_is_known_yet():
     lib_subquad.forget()
     yield
     lib_subquad.forget()
+    order.go_by(Table())
 
 
 @pytest.fixture

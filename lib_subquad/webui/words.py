@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
+from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import Trial, about_as_fast
-from ..settings import Option, shown
+from ..plan import goes_by_measurements
+from ..settings import Option, Settings, shown
 from .status import Generation, again, missed, nothing
 
 FEW_COLUMNS = 5
@@ -33,6 +35,8 @@ TERMS = {
     "call's queries, keys, values and result count as well.",
     "Why": "Why this engine, and which of your settings had to give way.",
     "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
+    "Measured on this device": "Before the first image of a new size the exact engines are timed for a few seconds, "
+    "and the fastest is taken from then on.",
     "Time": "Attention alone, in one sampling step, on this device.",
     "Measured": "How often. Times of settings that were measured equally often, in turn, can be compared; a single run "
     "tells little while other programs run.",
@@ -119,12 +123,22 @@ def last_generation(seen: Generation) -> str:
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
-        f"{out_of_reach}"
+        f"{out_of_reach} {escape(seen.measuring)}".rstrip()
     )
 
 
 def _plural(word: str, number: int) -> str:
     return word if number == 1 else f"{word}s"
+
+
+def measured(found: Mapping[Class, Found], settings: Settings) -> str:
+    """What the fixed order is changed by on this device; empty where nothing was measured."""
+    if not found:
+        return ""
+    faster = sum(it.margin > 1 for it in found.values())
+    kinds = f"{len(found)} {_plural('kind', len(found))} of calls, {faster or 'none'} of them faster than by rules."
+    unused = "" if goes_by_measurements(settings) else " It is not used: your settings choose otherwise."
+    return line(f"{term('Measured on this device')}: {kinds}{unused}")
 
 
 def kept_setting(option: Option, word: str) -> str:
