@@ -116,6 +116,7 @@ class Laboratory:
             yield words.CSS + words.warning(why)
             return
         run.exploration = exploration
+        measuring.keep(exploration.found())
         cancelled = words.warning("Cancelled: this is what had been measured.") if run.cancelled else ""
         yield cancelled + words.trial_table(exploration)
 

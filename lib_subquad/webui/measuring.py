@@ -50,6 +50,12 @@ def before(p) -> None:
         _say_once(f"measuring failed, and rules go on to decide: {type(error).__name__}: {error}")
 
 
+def keep(found: Mapping[Class, Found]) -> None:
+    """Go by this from now on, and keep it in the data folder, if anything was found."""
+    if found:
+        file.add(_path(), _machine(), found)
+
+
 def known() -> dict[Class, Found]:
     """What was measured on this device."""
     return dict(order.table().machines.get(_machine(), {}))
@@ -72,14 +78,11 @@ def _before(p) -> None:
     unknown = rounds.unknown([(row.problem, row.layers) for row in rows], settings)
     new = [problem for problem in unknown if (machine, class_of(problem)) not in _tried]
     if new:
-        images, seconds = (
-            " and ".join(f"{width} x {height}" for width, height in sizes),
-            rounds.seconds_for(host().device()),
-        )
+        images = " and ".join(f"{width} x {height}" for width, height in sizes)
+        seconds = rounds.seconds_for(host().device())
         _tell(f"measuring which engine is fastest for {images}: up to {seconds:.0f} seconds, once")
         found = _measured(new, settings, seconds)
-        if found:
-            file.add(_path(), machine, found)
+        keep(found)
         _tell(f"measured for {images}: {_in_words(found, len(new), rows)}")
 
 

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib_subquad import Settings
 
@@ -75,6 +76,20 @@ def test_what_measure_says(laboratory, loaded, monkeypatch, yours, chosen, words
     text = re.sub(r"<(?!/?b>)[^>]*>", " ", answer.split("</style>")[1])
     for part in words:
         assert part in text
+
+
+def test_what_measure_found_is_kept(laboratory, loaded, monkeypatch):
+    from lib_subquad.engines import order
+    from lib_subquad.lab.tune.exploration import Exploration
+    from lib_subquad.webui import measuring
+
+    answers = iter([{}, {"calls of some class": "the engine that was found"}])
+    kept = []
+    monkeypatch.setattr(Exploration, "found", lambda explored: next(answers))
+    monkeypatch.setattr(measuring.file, "add", lambda path, machine, found: kept.append((machine, found)))
+    for _ in range(2):
+        finished(laboratory.measure(*QUESTION))
+    assert kept == [(order.machine(torch.device("cpu")), {"calls of some class": "the engine that was found"})]
 
 
 def test_it_refuses_while_an_image_is_made(laboratory, lock):
