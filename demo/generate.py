@@ -40,8 +40,10 @@ class Txt2Img(processing.StableDiffusionProcessingTxt2Img):
     """A request that this demo's sampler fulfils; `on_step(done, steps)` is told how far it has come."""
 
     on_step: Callable[[int, int], None] | None = None
+    started: float = 0.0
 
     def sample(self) -> Image.Image:
+        self.started = time.perf_counter()  # what scripts do before is no part of the image
         model, state = self.sd_model, shared.state
         state.job, state.sampling_step, state.sampling_steps = "txt2img", 0, self.steps
 
@@ -97,8 +99,7 @@ def generate(
         devices.torch_gc()
         give_back_freed_memory()
         with PeakMemory(devices.device, sampled=True) as peak:
-            started = time.perf_counter()
             processed = processing.process_images(p)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - p.started
         optimizer = optimizer_in_force()
     return MadeImage(processed.images[0], processed.infotexts[0], optimizer, seconds, peak.bytes)

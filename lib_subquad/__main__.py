@@ -9,7 +9,7 @@ import os
 import sys
 
 from .console import UserError
-from .lab.commands import bench, growth, lab, order, plan, report
+from .lab.commands import bench, doctor, growth, lab, order, plan, report
 
 COMMANDS = {
     "plan": (plan, "how attention will be computed for a checkpoint and an image size"),
@@ -17,6 +17,7 @@ COMMANDS = {
     "order": (order, "what automatic goes by on this device: show it, measure it, forget it"),
     "bench": (bench, "measure ways to compute attention side by side"),
     "growth": (growth, "measure attention as the number of tokens doubles"),
+    "doctor": (doctor, "which engine each kind of call gets on this device, why, and what would help"),
     "report": (report, "what to paste into a report: the device, every engine's reasons, small calls checked"),
 }
 

@@ -66,8 +66,8 @@ def forget() -> None:
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> Facts:
-    """What a plan depends on, but for free memory and what has been found to fit; and strides, of which the first call
-    is looked at."""
+    """What a plan depends on, but for free memory and what has been found to fit; and strides, which only dense tensors
+    have: the first call of each is looked at."""
     return (
         query.shape,
         key.shape,
@@ -81,9 +81,6 @@ def _facts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, setti
         query.device,
         key.device,
         value.device,
-        query.layout,
-        key.layout,
-        value.layout,
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         None if mask is None else _facts_of_mask(mask),
         devices.switches(),

@@ -31,6 +31,7 @@ class Rules:
     `masks_in_rows`: fused kernels read a mask only with its keys side by side. `cudnn`: PyTorch may take cuDNN's, whose
     rows that may attend to nothing are not zeros. `widest_in_registers`: of half-precision values wider than this a
     fused kernel keeps the results in float32 as well. `most_entries`: so many of a batch, or heads, fused kernels take.
+    `packages`: xformers, flash-attn and SageAttention are built for such devices.
     """
 
     no_fused: str = ""
@@ -47,6 +48,7 @@ class Rules:
     cudnn: bool = False
     widest_in_registers: int | None = None
     most_entries: int | None = None
+    packages: bool = False
 
     @property
     def keeps_scores(self) -> bool:
@@ -73,9 +75,11 @@ RULES = {
     # (PyTorch #177842). It comes first on Hopper and datacentre Blackwell.
     # Width: PyTorch's mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; 32 MiB at 1 x 16384 x 512 in
     # float16, measured on an H200.
+    # Packages: xformers' operators (0.0.20 to 0.0.35) declare the device "cuda", ROCm's as well; flash-attn's README
+    # names CUDA and ROCm; SageAttention asserts "cuda". None knows ZLUDA.
     # Entries: PyTorch #142228, #146704; in float32 65,536 heads are an "invalid argument" on an H200 with torch 2.11.
-    "cuda": Rules(cudnn=True, widest_in_registers=128, most_entries=65_535),
-    "rocm": Rules(most_entries=65_535),
+    "cuda": Rules(cudnn=True, widest_in_registers=128, most_entries=65_535, packages=True),
+    "rocm": Rules(most_entries=65_535, packages=True),
     "zluda": Rules(),
     # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be
     # contiguous: web UI PR #10201. SDPA there materialises the scores and loses half-precision accuracy beyond some
@@ -361,6 +365,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, classes):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is being captured: an error ends that, and so does a look at a result."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def release_cached(device: torch.device) -> None:

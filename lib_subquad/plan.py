@@ -24,7 +24,9 @@ class Plan:
     `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
     that, beside the gradients). `reasons` says in words why this engine, and
     which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
-    kept for the backward pass rather than recomputed in it.
+    kept for the backward pass rather than recomputed in it. `reruns`: an inexact engine's result was of no use, and an
+    exact one did the call. `measured`: by which measurement it is faster than in the way that the fixed order would
+    have taken; None where that is this one.
 
     Example:
         >>> import torch
@@ -43,6 +45,8 @@ class Plan:
     reasons: tuple[str, ...] = ()
     retries: int = 0
     keeps_scores: bool = False
+    reruns: int = 0
+    measured: Found | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -52,6 +56,7 @@ class Plan:
         splits = order.named(self.engine).SPLITS_KEYS
         heads = f", {self.head_chunk} heads at a time" if splits else ""
         retries = f", {self.retries} retries" if self.retries else ""
+        retries += ", computed again exactly" if self.reruns else ""
         reasons = f": {'; '.join(self.reasons)}" if self.reasons else ""
         workspace = self.workspace_bytes / devices.MIB
         return (
@@ -145,15 +150,21 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
         if not reasons:
             break
         passed_over += reasons
-    return made, passed_over
+    taken = found is not None and found.engine == made.engine
+    return replace(made, measured=found if taken else None), passed_over
 
 
 def measured(problem: Problem, settings: Settings) -> Found | None:
     """What was measured on this device to be faster for such calls than the fixed order's choice, unless the user has
     chosen otherwise."""
-    chosen = settings.engine != "automatic" or settings.query_chunk or settings.kv_chunk
-    found = order.found(problem) if settings.measure and not chosen else None
+    found = order.found(problem) if goes_by_measurements(settings) else None
     return found if found is not None and found.margin > 1 else None
+
+
+def goes_by_measurements(settings: Settings) -> bool:
+    """Whether the user leaves engine and sizes to what was measured."""
+    chosen = settings.engine != "automatic" or settings.query_chunk or settings.kv_chunk
+    return settings.measure and not chosen
 
 
 def candidates(problem: Problem, settings: Settings) -> tuple[Engine, ...]:
@@ -206,6 +217,7 @@ def with_sizes(problem: Problem, made: Plan, engine: Engine, sizes: Sizes) -> Pl
         head_chunk=sizes.heads,
         workspace_bytes=engine.workspace_bytes(problem, sizes),
         keeps_scores=False,
+        measured=made.measured if engine.NAME == made.engine else None,
     )
 
 

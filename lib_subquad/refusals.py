@@ -50,7 +50,7 @@ def is_refusal(error: Exception) -> bool:
     """Whether an engine's kernel says no to this call, and another one may still do it."""
     if isinstance(error, WrongResult):
         return True
-    if type(error) not in REFUSING or devices.is_out_of_memory(error) or is_captured():
+    if type(error) not in REFUSING or devices.is_out_of_memory(error) or devices.is_captured():
         return False
     return not is_fatal(error)
 
@@ -59,11 +59,6 @@ def is_fatal(error: Exception) -> bool:
     """Whether the device computes nothing more after it that could be trusted."""
     text = str(error).lower().replace(ADVICE, "")
     return any(fatal in text for fatal in FATAL_TEXTS)
-
-
-def is_captured() -> bool:
-    """Whether a CUDA graph is being captured, which an error ends."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def reason(engine: str, error: Exception) -> str:

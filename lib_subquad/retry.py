@@ -10,6 +10,7 @@ from functools import cache
 from . import console, memory, recorded, refusals, trust
 from . import device as devices
 from .engines import order
+from .engines.base import UselessResult
 from .plan import Plan, candidates, limit_bytes, plan_problem, why_it_cannot, with_sizes
 from .problem import Problem
 from .settings import Settings
@@ -98,13 +99,14 @@ class Attempts:
 
     def smaller_after(self, error: Exception) -> Plan:
         """What to try after `error`, which is being handled: smaller sizes where memory ran out, the next engine where
-        the kernel of this one refused.
+        the kernel of this one refused or gave what is of no use.
 
         Raises:
             Exception: `error` itself when it is neither, when retrying is off, or when all has been tried; then with a
                 line that says what.
         """
-        refused, ran_out = refusals.is_refusal(error), devices.is_out_of_memory(error)
+        useless = isinstance(error, UselessResult)
+        refused, ran_out = useless or refusals.is_refusal(error), devices.is_out_of_memory(error)
         if (refused or ran_out) and self.problem.grad and not self.one_node and _is_computed_again():
             add_line(error, COMPUTED_AGAIN)
             raise error
@@ -112,9 +114,11 @@ class Attempts:
             later = next_engine(self.problem, self.plan, self.settings, self.backward)
             if later is None:
                 raise error
-            reason = refusals.reason(self.plan.engine, error)
-            self.refusals += ((self.plan.engine, reason),)
-            return replace(later, reasons=(*_without_retry(self.plan.reasons), reason))
+            reason = str(error) if useless else refusals.reason(self.plan.engine, error)
+            if not useless:
+                self.refusals += ((self.plan.engine, reason),)
+            reasons = (*_without_retry(self.plan.reasons), reason)
+            return replace(later, reasons=reasons, reruns=self.plan.reruns + useless)
         if not (self.settings.retry and ran_out):
             raise error
         smaller = halved(self.problem, self.plan, self.settings, self.backward)
@@ -126,6 +130,8 @@ class Attempts:
     def go_on(self, smaller: Plan) -> None:
         """Take that plan, for this call and the next ones of its kind."""
         ran_out = smaller.retries > self.plan.retries
+        if smaller.reruns > self.plan.reruns:
+            warn_once(f"[subquad] {smaller.reasons[-1]}. Such calls are computed again, exactly")
         self.plan = smaller
         if ran_out:
             devices.release_cached(self.problem.device)
@@ -133,7 +139,8 @@ class Attempts:
             memory.forget()
             free = memory.reading(self.problem.device, self.problem.grad).bytes
             key = self.problem, self.settings, devices.switches(), order.changes()
-            _remembered[key] = (replace(self.plan, retries=0), free)
+            if not self.plan.reruns:  # another call may come to the other engine, whose sizes are its own
+                _remembered[key] = (replace(self.plan, retries=0), free)
         memory.forget()  # a call that is known, or was planned meanwhile, is planned anew with what was found
 
     def remember_refusals(self) -> None:

@@ -64,7 +64,7 @@ def attend_traced(
         mask = mask.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     given = query.to(dtype), key.to(dtype), value.to(dtype), mask, scale
-    able = [engine for engine in order.candidates(settings.engine) if not engine.why_not_traced(query.device, mask)]
+    able = [engine for engine in order.exact(settings.engine) if not engine.why_not_traced(query.device, mask)]
     if is_compiling():  # reads this very code, so that nothing outside it must be touched
         return able[0].attend_traced(*given).to(value.dtype)
     able = [engine for engine in able if not trust.is_distrusted(engine, query.device)] or able[-1:]

@@ -27,6 +27,7 @@ from .settings import Settings
 # A small call: more than one of everything, and no number that tiles are made of.
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 72, 88
 ROOM = 1 << 40  # bytes: what a small call takes is no question of the memory limit
+LARGE = 256.0  # whose square is past the largest float16
 SAMPLED_ROWS = 4  # of each of three heads, the first and the last among them
 
 
@@ -58,7 +59,7 @@ def why_not(engine: Engine, problem: Problem) -> list[str]:
     Asked for the first time it computes a small call of that kind. Neither running out of memory nor a device that
     cannot be used from here is an answer to remember.
     """
-    if engine is order.engines()[-1]:
+    if _is_taken_as_it_is(engine):
         return []
     kind = Kind(engine.NAME, _small(problem), _state())
     verdict = _verdicts.get(kind)
@@ -86,7 +87,7 @@ def check(
     Raises:
         refusals.WrongResult: they are not what they should be.
     """
-    if engine is order.engines()[-1]:
+    if _is_taken_as_it_is(engine):
         return
     strides = tuple(tensor.stride() for tensor in (query, key, value, mask) if tensor is not None)
     sample = Sample(engine.NAME, problem, query.shape[2], strides, _state())
@@ -97,6 +98,10 @@ def check(
     if wrong:
         raise refusals.WrongResult(f"the {engine.NAME} kernel gave wrong results for these sizes: {_by(wrong)}")
     _good.add(sample)
+
+
+def _is_taken_as_it_is(engine: Engine) -> bool:
+    return not engine.EXACT or engine is order.engines()[-1]
 
 
 def is_distrusted(engine: Engine, device: torch.device) -> bool:
@@ -131,7 +136,7 @@ def _small(problem: Problem) -> Problem:
 def _can_be_tried() -> bool:
     """Not while a CUDA graph is captured, which any look at a number ends, nor where tensors have no numbers."""
     with _without_modes():
-        return not refusals.is_captured() and type(torch.zeros(0, device="cpu")) is Tensor
+        return not devices.is_captured() and type(torch.zeros(0, device="cpu")) is Tensor
 
 
 def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
@@ -144,6 +149,8 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
         try:
             with torch.set_grad_enabled(problem.grad):
                 wrong = _wrong_small(engine, problem, query, key, value, mask)
+            if not wrong and problem.dtype == torch.float16:
+                wrong = _overflows(engine, problem, query, key, value)
         except ContractError:  # whoever writes an engine wants to see it
             return None
         except Exception as error:
@@ -203,6 +210,18 @@ def _wrong_small(
         for mine, expected in zip(found, truth.gradients(query, key, value, mask, scale, grad_output))
     )
     return next((difference for difference in differences if difference), 0.0)
+
+
+def _overflows(engine: Engine, problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> float:
+    """NaN where scores past the largest float16 come out as none, as those of SD 2.1 768 do: black images."""
+    problem, scale = replace(problem, mask=None, mask_dtype=None, grad=False), 1.0
+    query, key = (torch.full_like(tensor, LARGE, requires_grad=False) for tensor in (query, key))
+    if engine.why_not(problem):
+        return 0.0
+    with torch.no_grad():
+        sizes = engine.fitting(problem, Settings(), ROOM)[0]
+        output, _ = attended(engine, problem, sizes, query, key, value, None, scale)
+        return _wrong(query, key, value, None, scale, output)
 
 
 def _wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, output: Tensor) -> float:

@@ -14,6 +14,7 @@ BLOCK = 1 << 13  # numbers in float64 at a time: the truth must not need more me
 UNITS = {torch.float64: 2**-45, torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 UNIT_OF_TF32 = 2**-11
 SLACK = 3
+LARGEST = 1e30  # of a score so large that its rounding allows anything but NaN
 GRADIENTS_SLACK = 32  # they are sums over many rows
 
 
@@ -26,7 +27,7 @@ class Truth(NamedTuple):
     def wrong_by(self, found: Tensor) -> float:
         """The largest difference of `found` [rows, value width] where it is more than allowed, NaN where it has numbers
         that are none; 0.0 where all is well. Rows whose truth is no number in `found`'s dtype say nothing."""
-        said = torch.isfinite(self.rows.to(found.dtype)).all(-1) & torch.isfinite(self.allowed[:, 0])
+        said = torch.isfinite(self.rows.to(found.dtype)).all(-1)
         difference = (found.detach().to("cpu").double() - self.rows).abs()[said]
         beyond = difference[~(difference <= self.allowed[said])]  # NaN is not either
         return beyond.max().item() if beyond.numel() else 0.0
@@ -45,7 +46,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         moves each product of a score by a unit, in either direction, and so the score by the root of the sum of their
         squares; softmax of scores that are moved by d differs by a factor of exp(2d) at the most.
     """
-    query = _exact(query) * scale
+    units = unit(key), unit(value)
+    query, key, value = _exact(query) * scale, key.detach().to("cpu"), value.detach().to("cpu")
     scores = query.new_empty(query.shape[0], key.shape[0])
     products = query.new_zeros(query.shape[0], 1)
     block = max(BLOCK // max(key.shape[-1], value.shape[-1]), 1)
@@ -64,8 +66,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         values = _exact(value[start : start + block])
         rows += weights[:, start : start + block] @ values
         largest = max(largest, values.abs().max().item())
-    moved = SLACK * unit(key) * (products + 1)
-    return Truth(rows, (torch.expm1(2 * moved) + SLACK * unit(value)) * largest)
+    moved = SLACK * units[0] * (products + 1)
+    return Truth(rows, (torch.expm1(2 * moved).clamp(max=LARGEST) + SLACK * units[1]) * largest)
 
 
 def gradients(

@@ -4,7 +4,7 @@ from functools import partial
 
 from modules import script_callbacks, scripts
 
-from lib_subquad.webui import api, axes, infotext, options, tab
+from lib_subquad.webui import api, axes, infotext, measuring, options, tab
 from lib_subquad.webui.hosts import host
 
 # "Reload custom script bodies" runs this file again without unloading it first.
@@ -12,6 +12,7 @@ script_callbacks.remove_current_script_callbacks()
 
 register_options = partial(options.register, host().has_switch)
 register_options()  # here too: --nowebui never asks for the settings
+measuring.start()
 script_callbacks.on_ui_settings(register_options)
 script_callbacks.on_script_unloaded(host().undo)
 script_callbacks.on_before_ui(axes.register)
@@ -25,7 +26,7 @@ if hasattr(script_callbacks, "on_before_process"):  # some generations leave the
 
 
 class Subquad(scripts.Script):
-    """Writes the infotext; shows nothing."""
+    """Writes the infotext, and measures what is new before an image; shows nothing."""
 
     def title(self):
         return "subquad"
@@ -38,6 +39,7 @@ class Subquad(scripts.Script):
 
     def process(self, p, *args):
         infotext.begin(p)
+        measuring.before(p)
 
     def process_batch(self, p, *args, **kwargs):
         infotext.begin_batch(p)

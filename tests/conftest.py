@@ -17,9 +17,13 @@ import torch
 import lib_subquad
 from lib_subquad import trust
 from lib_subquad.engines import fused, order
+from lib_subquad.engines.table import Table
 from lib_subquad.problem import Problem
+from tests import devices
 from tests.threads import torch_threads
 
+STAND_INS = Path(__file__).parent / "stand_ins"
+STATUS = pytest.StashKey[int]()
 NEED_A_HOST = [Path(__file__).parent / name for name in ("demo", "forge", "host", "webui")]
 
 # everything that keeps hold of the host's `modules`: another test may bring a `modules` of its own
@@ -38,10 +42,29 @@ BOUND = (
 def pytest_addoption(parser):
     words = "only the tests of the library: they need requirements/unit.txt, and neither a page, a host nor a web UI"
     parser.addoption("--unit", action="store_true", help=words)
+    parser.addoption("--device", default="cpu", help=f"{devices.HELP} (default: cpu)")
+
+
+def pytest_configure(config):
+    devices.use(config.getoption("device"))
+
+
+def pytest_unconfigure(config):
+    if devices.is_stand_in():  # PyTorch's thread for its gradients would end the process on its way out
+        sys.stdout.flush()
+        os._exit(config.stash.get(STATUS, pytest.ExitCode.INTERNAL_ERROR))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[STATUS] = exitstatus
 
 
 def pytest_ignore_collect(collection_path, config):
-    return True if config.getoption("unit") and collection_path in NEED_A_HOST else None
+    if config.getoption("unit") and collection_path in NEED_A_HOST:
+        return True
+    if collection_path.parent == STAND_INS:  # which tests/test_stand_ins.py runs, each kind in a process of its own
+        return None if devices.of_stand_in() in collection_path.stem.split("_") else True
+    return None
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +73,7 @@ def nothing_is_known_yet():
     lib_subquad.forget()
     yield
     lib_subquad.forget()
+    order.go_by(Table())
 
 
 @pytest.fixture

@@ -102,9 +102,7 @@ class Server:
         body = {"prompt": "a cat", "seed": 1, "width": 256, "height": 256, "steps": 3, "sampler_name": "Euler"}
         answer = self.call(path, {**body, **request})
         images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in answer["images"]]
-        return [np.asarray(image.convert("RGB"), dtype=int) for image in images], json.loads(answer["info"])[
-            "infotexts"
-        ]
+        return [np.asarray(image.convert("RGB"), dtype=int) for image in images], infotexts(answer)
 
     def _check_that_it_runs(self) -> None:
         code = self._process.poll()
@@ -115,7 +113,10 @@ class Installation:
     """A web UI's folder, and at most one server of it at a time."""
 
     server = Server
-    settings: dict[str, object] = {"show_progress_type": "Approx cheap"}  # other previews may ask for a download
+    settings: dict[str, object] = {
+        "show_progress_type": "Approx cheap",  # other previews may ask for a download
+        "subquad_measure": False,  # no image waits, and engines are those of the rules
+    }
 
     def __init__(self, folder: Path, python: Path, data: Path, *flags: str):
         self.folder, self.python, self.data = folder, python, data
@@ -151,6 +152,11 @@ class Installation:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def infotexts(answer: dict) -> list[str]:
+    """Of the images of an answer, without the one setting that `Installation` changes for all of them."""
+    return [text.replace(", Subquad measure: False", "") for text in json.loads(answer["info"])["infotexts"]]
 
 
 def status_of(server: Server, path: str, user: str | None = None) -> int:

@@ -1,4 +1,5 @@
-"""What this machine has beside the CPU computes what float64 does; skipped where it has nothing."""
+"""What this machine has beside the CPU computes what float64 does; skipped where it has nothing. With `--device` it is
+that device, whichever it is."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from lib_subquad import Settings, attention
+from tests import devices
 
 SHAPES = [  # batch, heads, queries, keys, width
     (2, 8, 256, 256, 40),
@@ -20,12 +22,10 @@ PLANS = {
 }
 MODULES = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": getattr(torch, "xpu", None)}
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-
-
 HERE = [name for name, module in MODULES.items() if module is not None and module.is_available()]
 
 
-@pytest.fixture(params=HERE or [None])
+@pytest.fixture(params=HERE or [None] if devices.is_cpu() else [devices.device()], ids=str)
 def device(request):
     if request.param is None:
         pytest.skip("there is only the CPU")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from lib_subquad import Settings, attention
-from lib_subquad.engines import order
+from lib_subquad import Settings
+from tests.devices import attention
+from tests.own_engines import OWN
 
 CHUNKED = {"query_chunk": 3, "kv_chunk": 5}
 
@@ -57,7 +58,7 @@ def call(draw):
     )
 
 
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @pytest.mark.parametrize("strides", [(0, 1, 2, 1), (1, 0, 0, 1), (2, 1, 3, 1), (1, 1, 0, 1), (1, 2, 1, 1)])
 def test_queries_whose_heads_or_tokens_lie_one_number_apart(engine, strides):
     """PyTorch's kernel orders its output as the query is ordered, and then wrote where there was none."""
@@ -68,7 +69,7 @@ def test_queries_whose_heads_or_tokens_lie_one_number_apart(engine, strides):
 
 
 @pytest.mark.parametrize("more", [{}, CHUNKED], ids=["whole", "chunked"])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @given(call())
 @effort(max_examples=150, deadline=None)
 def test_any_strides_and_any_shape(engine, more, tensors):
@@ -76,7 +77,7 @@ def test_any_strides_and_any_shape(engine, more, tensors):
     torch.testing.assert_close(found.double(), exact(*tensors), atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @given(call())
 @effort(max_examples=60, deadline=None)
 def test_gradients_of_any_strides(engine, tensors):
@@ -89,7 +90,7 @@ def test_gradients_of_any_strides(engine, tensors):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @pytest.mark.parametrize(
     "shape", [(1, 65536, 2, 4), (65536, 1, 2, 4), (65536, 2, 4), (1, 1, 3, 1), (2, 70000, 1, 1)], ids=str
 )
@@ -102,7 +103,7 @@ def test_many_heads_and_narrow_ones(engine, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("more", [{}, CHUNKED], ids=["whole", "chunked"])
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 def test_the_largest_values_beside_weights_that_are_nothing(engine, more, dtype):
     """A value as large as the dtype has, at a key that nobody attends to, is no part of the result."""
     largest = torch.finfo(dtype).max
@@ -115,7 +116,7 @@ def test_the_largest_values_beside_weights_that_are_nothing(engine, more, dtype)
     torch.testing.assert_close(found, torch.ones_like(found))
 
 
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 def test_what_is_global_stays_as_it_was(engine):
     """Determinism is asked of PyTorch, not taken from it; nor is a random number."""
     tensors = torch.randn(3, 1, 2, 300, 8)

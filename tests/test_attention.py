@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from lib_subquad import Plan, Settings, attention
+from lib_subquad import Plan, Settings
 from lib_subquad.settings import OPTIONS
+from tests import devices
+from tests.devices import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
+DTYPES = devices.dtypes((*HALF, torch.float32, torch.float64))
 UPCAST = OPTIONS["upcast"].choices
 PLANS = {
     "automatic": Settings(),
@@ -197,7 +199,7 @@ def test_autocast_changes_nothing(reference, settings, dtype, value_dtype):
         chosen = Settings(settings.query_chunk, settings.kv_chunk, engine=settings.engine, upcast=upcast)
         plain = attention(query, key, value, settings=chosen)
         check(plain, reference(query, key, value), query, key, value)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with devices.autocast(torch.bfloat16):
             assert torch.equal(attention(query, key, value, settings=chosen), plain)
 
 

@@ -70,6 +70,8 @@ def by_sdpa(query, key, value, heads, mask=None, skip_reshape=False, skip_output
         query, key, value = (apart(it, heads) for it in (query, key, value))
     while mask is not None and mask.dim() < 4:
         mask = mask[None] if mask.dim() == 2 else mask[:, None]
+    if mask is not None and mask.shape[-1] == 1:  # torch 2.4 reads beyond the end of such a mask
+        mask = mask.expand(*mask.shape[:-1], key.shape[-2]).contiguous()
     output = scaled_dot_product_attention(query, key, value, mask)
     return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
 

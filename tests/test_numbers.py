@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib_subquad import Settings, attention
+from lib_subquad import Settings
 from lib_subquad.engines import fused
+from tests import devices
+from tests.devices import attention, on_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +25,11 @@ SHAPES = [  # batch, heads, queries, keys, width
 ]
 SCALES = (1e-4, 1e-2, 1.0, 5.0, 40.0, 300.0)
 SEEDS = 10
-# Times the error of PyTorch's own. The fused kernel of the CPU sums chunks of keys as we do; torch 2.0, which has none,
-# sums all keys in one product, beside which 35 chunks of 1,100 keys are 2.3 times as far off.
-ALLOWED = 1.3 if fused.TAKES_SCALE else 2.6
+ALLOWED = 1.3  # times the error of PyTorch's own
+# Beside one product over all keys, which errs by 4.3 ulp where the 35 chunks of 1,100 keys err by 9.5 in float32: so it
+# is without a fused kernel, as with torch 2.0 and on devices that have none. With torch 2.13 ours err by 9.8, that
+# product by 4.3 and the CPU's fused kernel, which sums chunks too, by 14.5: only the yardstick is another.
+ALLOWED_BESIDE_ONE_PRODUCT = 2.6
 PLANS = {
     "automatic": Settings(),
     "query chunks": Settings(query_chunk=16),
@@ -51,12 +55,12 @@ def inputs(shape, dtype, scale, seed):
 
 
 def pytorch_has(dtype) -> bool:
-    token = torch.ones(1, 1, 1, 8, dtype=dtype)
+    """And can hold what it computes: torch 2.4 makes NaN of scores past the largest float16."""
+    token = torch.full((1, 1, 1, 8), 256.0, dtype=dtype)
     try:
-        F.scaled_dot_product_attention(token, token, token)
+        return bool(F.scaled_dot_product_attention(token, token, token).isfinite().all())
     except RuntimeError:
         return False
-    return True
 
 
 def pytorchs(tensors, order):
@@ -68,7 +72,14 @@ def pytorchs(tensors, order):
         width, keys = (torch.randperm(size, generator=generator) for size in (query.shape[-1], key.shape[-2]))
         query, key, value = query[..., width], key[..., keys, :][..., width], value[..., keys, :]
     compute = query.dtype if pytorch_has(query.dtype) else torch.float32
-    return F.scaled_dot_product_attention(*(tensor.to(compute) for tensor in (query, key, value))).to(query.dtype)
+    attend = on_device(F.scaled_dot_product_attention)
+    return attend(*(tensor.to(compute) for tensor in (query, key, value))).to(query.dtype)
+
+
+def allowed(name, dtype) -> float:
+    one_product = not (fused.TAKES_SCALE and devices.is_cpu())
+    chunks_beside_it = one_product and name == "portable chunks" and dtype == torch.float32
+    return ALLOWED_BESIDE_ONE_PRODUCT if chunks_beside_it else ALLOWED
 
 
 def ulp(magnitude: float, dtype) -> float:
@@ -102,8 +113,9 @@ def test_error_beside_pytorchs_own(reference, dtype, scale):
     for name in RATED:
         ratio, strict = (max(found[n] for found in figures if found[2] == name) for n in (0, 1))
         print(f"\n{dtype}, N(0, {scale:g}²), {name}: {ratio:.2f} x PyTorch's error ({strict:.2f} in order)", end="")
-        assert ratio <= ALLOWED, (name, figures)
-        assert strict <= ALLOWED or (name != "automatic" and BEFORE_2_13), figures
+        assert ratio <= allowed(name, dtype), (name, figures)
+        is_portable = name != "automatic" or not fused.TAKES_SCALE
+        assert strict <= ALLOWED or (is_portable and BEFORE_2_13), figures
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -128,3 +140,5 @@ def test_a_score_past_the_largest_half(dtype):
     for settings in PLANS.values():
         output = attention(query, key, value, settings=settings)
         torch.testing.assert_close(output, value[:, :, 11:12].expand_as(output))
+    traced = torch.jit.trace(attention, (query, key, value), check_trace=False)  # PyTorch's own operators, no plan
+    torch.testing.assert_close(traced(query, key, value), output)

@@ -13,6 +13,7 @@ from lib_subquad.engines import order
 from lib_subquad.problem import Problem
 from lib_subquad.settings import shown
 from lib_subquad.tensors import mask_with_four_dimensions
+from tests.own_engines import OWN
 
 QUERY, KEY, VALUE = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)
 FLOATS = "expected float16, bfloat16, float32 or float64"
@@ -132,7 +133,7 @@ NO_SCALES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", order.names())
+@pytest.mark.parametrize("engine", OWN)
 @pytest.mark.parametrize("scale", NO_SCALES, ids=lambda scale: shown(scale, 20))
 def test_what_is_no_scale_is_said(scale, engine):
     """Also by a call that is like one before."""

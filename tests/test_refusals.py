@@ -13,6 +13,7 @@ import lib_subquad
 from lib_subquad import Settings, attention, plan, refusals
 from lib_subquad import device as devices
 from lib_subquad.engines import order
+from tests.own_engines import OWN
 
 pytestmark = pytest.mark.usefixtures("trusted")  # engines fail in the middle of a call
 
@@ -31,7 +32,7 @@ def tensors(shape=SHAPE, grad=False):
 
 
 def names(count=2):
-    return order.names()[:count]
+    return OWN[:count]
 
 
 @pytest.fixture

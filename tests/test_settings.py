@@ -157,7 +157,7 @@ NEAREST = [
     ("memory_limit", Broken(), 70, True),
     ("engine", "Portable", "portable", True),
     ("engine", "portable", "portable", False),
-    ("engine", "xformers", "automatic", True),
+    ("engine", "quantum", "automatic", True),
     ("engine", 3, "automatic", True),
     ("upcast", "WEB ui", "web UI", True),
     ("vae", 0, False, False),  # as a hand-edited JSON file may have it

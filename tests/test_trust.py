@@ -150,6 +150,15 @@ def test_gradients_are_part_of_it(reference, first):
         torch.testing.assert_close(mine.grad.double(), it.grad, atol=1e-5, rtol=0)
 
 
+def test_who_asks_for_an_inexact_engine_gets_it(first, monkeypatch):
+    first(lambda query, output: output + 0.01)
+    engine, plans = order.engines()[0], []
+    monkeypatch.setattr(engine, "EXACT", False)
+    attention(*tensors(), settings=Settings(engine=engine.NAME), report=plans.append)
+    attention(*tensors(), report=plans.append)
+    assert plans[0].engine == engine.NAME != plans[1].engine
+
+
 def test_running_out_of_memory_is_no_distrust(reference, monkeypatch):
     engine = order.engines()[0]
     attend, failures = engine.attend, [RuntimeError("CUDA out of memory")] * 2
@@ -235,6 +244,19 @@ def test_what_was_found_wrong_is_not_traced_either(reference, first):
     plans = []
     torch.func.vmap(lambda *them: attention(*them, report=plans.append))(*given)
     assert plans[0].engine != engine.NAME
+
+
+def test_scores_past_the_largest_half(first):
+    """Without what SD 2.1 768 needs an engine is not trusted in half precision, whatever it gives of smaller scores."""
+
+    def overflowing(query, output):
+        return output * torch.nan if query.dtype == torch.float16 and query.abs().max() > 100 else output
+
+    first(overflowing)
+    for dtype, trusted in ((torch.float16, False), (torch.float32, True)):
+        problem = Problem.of(*tensors(dtype=dtype))
+        if not order.engines()[0].why_not(problem):
+            assert (trust.why_not(order.engines()[0], problem) == []) == trusted
 
 
 def test_rows_that_are_no_numbers_say_nothing(first):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,26 @@ def test_commands_exist():
     assert [".ci/run"] in starts and ["python", "-m", "pytest"] in starts and ["python", "-m", "lib_subquad"] in starts
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_lint_checks_each_file_of_the_forge_by_the_schema_of_its_kind():
+    listed = subprocess.run(
+        ["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    checked = {}
+    for line in listed.stdout.splitlines():
+        if "check-jsonschema --builtin-schema" in line:
+            schema, *paths = line.split("--builtin-schema ")[1].split()
+            checked |= dict.fromkeys(paths, schema)
+    files = [path for path in (ROOT / ".github").rglob("*") if path.suffix in (".yml", ".yaml")]
+    assert checked == {path.relative_to(ROOT).as_posix(): schema_of(path) for path in files}
+
+
+def schema_of(path: Path) -> str:
+    if path.parent.name == "workflows":
+        return "vendor.github-workflows"
+    return "vendor.github-issue-config" if path.name == "config.yml" else "vendor.github-issue-forms"
+
+
 UNIT = [
     path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.parent.name in ("tests", "lab", "checkpoint")
 ]
@@ -68,7 +90,14 @@ UNIT = [
 def test_unit_tests_need_no_package_that_is_not_installed_for_them(path):
     listed = (ROOT / "requirements" / "unit.txt").read_text(encoding="utf-8").splitlines()
     packages = {re.split("[=<>]", line)[0] for line in listed if not line.startswith("#")}
-    known = {"torch", "lib_subquad", "tests", *sys.stdlib_module_names, *(NAMES.get(name, name) for name in packages)}
+    known = {
+        "torch",
+        "lib_subquad",
+        "tests",
+        "tools",
+        *sys.stdlib_module_names,
+        *(NAMES.get(name, name) for name in packages),
+    }
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         for name in imported(node):
             assert name.split(".")[0] in known, f"line {node.lineno}: {name}"

@@ -19,6 +19,7 @@ class StableDiffusionProcessing:
     seed: int = 0
     width: int = 256
     height: int = 256
+    batch_size: int = 1
     steps: int = 8
     cfg_scale: float = 7.0
     sampler_name: str = "DDIM"

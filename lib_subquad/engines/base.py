@@ -1,7 +1,8 @@
 """What an engine is, and what engines share.
 
-An engine is a module, or any object, with the names of `Engine`, and where it is not DIFFERENTIABLE with that of
-`RecomputingEngine`. To add one, write it and put it into `order`, or `order.register` it while a program runs.
+An engine is a module, or any object, with the names of `Engine`, where it is not DIFFERENTIABLE with that of
+`RecomputingEngine`, and where a package brings its kernels with that of `PackagedEngine`. To add one, write it and put
+it into `order`, or `order.register` it while a program runs.
 tests/test_engines.py has a whole one, small.
 """
 
@@ -123,6 +124,27 @@ class RecomputingEngine(Engine, Protocol):
         statistics, where PyTorch does not give them."""
 
 
+class PackagedEngine(Engine, Protocol):
+    """One whose kernels another package brings. While that is not there, only those who name the engine hear of it."""
+
+    def installed(self) -> bool:
+        """Whether the package is there; imports nothing."""
+
+
+class UselessResult(RuntimeError):
+    """Raised by `attend` where a result is of no use, such as NaN, though nothing that was given is to blame: the next
+    exact engine does this call, and nothing is held against the engine for the calls that follow."""
+
+
+def is_installed(engine: Engine) -> bool:
+    """Whether what the engine needs is there."""
+    return bool(getattr(engine, "installed", _always)())
+
+
+def _always() -> bool:
+    return True
+
+
 def recomputes(engine: Engine) -> TypeGuard[RecomputingEngine]:
     """Whether gradients come from the engine, and not from PyTorch."""
     return not engine.DIFFERENTIABLE
@@ -141,6 +163,8 @@ def check_engine(engine: Any) -> None:
     of_all, of_some = (_functions(kind) for kind in (Engine, RecomputingEngine))
     needed = of_all if getattr(engine, "DIFFERENTIABLE", False) is True else of_all + of_some
     lacks += [f"{name}()" for name in needed if not callable(getattr(engine, name, None))]
+    if not callable(getattr(engine, "installed", _always)):
+        lacks.append("installed()")
     if lacks:
         called = shown(getattr(engine, "NAME", engine))
         raise ValueError(f"the engine {called} lacks {', '.join(lacks)}; engines/base.py says what each is")

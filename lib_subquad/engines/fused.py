@@ -21,16 +21,20 @@ from .. import memory
 from ..problem import Problem, item_bytes
 from ..settings import Settings
 from ..tensors import as_small_as_it_is
-from . import pytorch
-from .base import Sizes, call_bytes, half, overruled
+from . import pytorch, whole
+from .base import Sizes, call_bytes
+from .masks import opened, rows_of_nothing, would_be_rounded
+from .whole import kept_bytes as kept_bytes
+from .whole import least_bytes as least_bytes
+from .whole import rows_at_once as rows_at_once
+from .whole import smaller as smaller
+from .whole import taking_over as taking_over
 
 NAME = "fused"
 EXACT = True
 SPLITS_KEYS = False
 DIFFERENTIABLE = True
 WHY = "PyTorch has a fused kernel for these sizes"
-
-SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
 # torch.nn.attention.SDPBackend
 MATH_KERNEL = 0  # keeps all scores in memory
@@ -49,7 +53,9 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
         reasons.append("there are no heads")
-    if _would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
+    if _makes_nan(problem.upcast_dtype, problem.device):
+        reasons.append(f"torch {torch.__version__}: scores past 65,504 would be NaN in float16")
+    if would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     try:
         return reasons or list(_kernel_reasons(problem, devices.switches()))
@@ -74,34 +80,7 @@ def _never(device: torch.device, masked: bool) -> list[str]:
 
 
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
-    wanted = min(settings.query_chunk or problem.queries, problem.queries)
-    chosen = Sizes(wanted, problem.keys, problem.heads)
-    while workspace_bytes(problem, chosen) > limit and (fewer := smaller(problem, chosen)):
-        chosen = fewer
-    overruled_by_limit = settings.query_chunk and chosen.queries < wanted
-    return chosen, [overruled("query", wanted, chosen.queries, "the memory limit")] if overruled_by_limit else []
-
-
-def smaller(problem: Problem, sizes: Sizes) -> Sizes | None:
-    if sizes.queries <= SMALLEST_QUERY_CHUNK:
-        return None
-    return sizes._replace(queries=half(sizes.queries, SMALLEST_QUERY_CHUNK))
-
-
-def taking_over(problem: Problem, sizes: Sizes) -> Sizes:
-    return Sizes(sizes.queries, problem.keys, problem.heads)
-
-
-def rows_at_once(problem: Problem, sizes: Sizes) -> int:
-    return sizes.queries
-
-
-def least_bytes(problem: Problem, settings: Settings) -> int:
-    return 0  # it holds no scores
-
-
-def kept_bytes(problem: Problem, sizes: Sizes) -> None:
-    return None  # nor are any kept for the backward pass
+    return whole.fitting(workspace_bytes, problem, settings, limit)
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
@@ -194,8 +173,8 @@ def attend(
     if mask is not None:
         mask = _mask_as_kernels_want(problem, mask)
         if devices.rules(problem.device).cudnn and _takes_cudnn(query, key, value, mask):
-            nothing = _rows_of_nothing(mask)
-            mask = _opened(mask, nothing) if problem.grad else mask
+            nothing = rows_of_nothing(mask)
+            mask = opened(mask, nothing) if problem.grad else mask
     output = _in_parts(query, key, value, mask, scale, devices.rules(problem.device).most_entries)
     if nothing is not None:
         output = output.masked_fill(nothing, 0.0) if problem.grad else output.masked_fill_(nothing, 0.0)
@@ -218,22 +197,22 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     rules = devices.rules(query.device)
+    if _makes_nan(query.dtype, query.device):
+        query, key, value = query.float(), key.float(), value.float()
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     if mask is not None and rules.masks_in_rows:
         mask = mask[None] if mask.dim() == 1 else mask  # the question about cuDNN's kernel fails of one dimension
         if mask.dim() == 0 or mask.shape[-1] != key.shape[-2]:
             mask = mask.expand(*(mask.shape[:-1] or (1,)), key.shape[-2]).contiguous()
     if mask is None or not rules.cudnn:
         return pytorch.OWN(query, key, value, attn_mask=mask, scale=scale)
-    nothing = _rows_of_nothing(mask)
-    output = pytorch.OWN(query, key, value, attn_mask=_opened(mask, nothing), scale=scale)
+    nothing = rows_of_nothing(mask)
+    output = pytorch.OWN(query, key, value, attn_mask=opened(mask, nothing), scale=scale)
     return output.masked_fill(nothing, 0.0)
 
 
-def _would_be_rounded(mask: torch.dtype | None, dtype: torch.dtype) -> bool:
-    """Whether a mask has numbers that `dtype` has not: a wider one, or the other half-precision dtype."""
-    if mask is None or mask == torch.bool:
-        return False
-    return torch.finfo(mask).max > torch.finfo(dtype).max or torch.finfo(mask).eps < torch.finfo(dtype).eps
+def _makes_nan(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.float16 and device.type == "cpu" and not HALF_SCORES_ARE_RIGHT
 
 
 def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -260,17 +239,6 @@ def _takes_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> boo
         return True
 
 
-def _rows_of_nothing(mask: Tensor) -> Tensor:
-    """Which rows may attend to nothing, [..., rows, 1]."""
-    if mask.dtype == torch.bool:
-        return mask.any(-1, keepdim=True).logical_not()
-    return mask.amax(-1, keepdim=True) == -torch.inf
-
-
-def _opened(mask: Tensor, rows: Tensor) -> Tensor:
-    return mask | rows if mask.dtype == torch.bool else mask.masked_fill(rows, 0.0)
-
-
 def _takes_scale() -> bool:
     token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")  # the defaults may have no numbers, no kernel
     try:
@@ -285,6 +253,15 @@ def _masks_are_right() -> bool:
     token = torch.zeros(1, 1, 1, 8, dtype=torch.float32, device="cpu")
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cpu")
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
+
+
+def _half_scores_are_right() -> bool:
+    """Whether the CPU's kernel can have scores past the largest float16: NaN on torch 2.4.1, right on 2.13."""
+    token = torch.full((1, 1, 1, 8), 256.0, dtype=torch.float16, device="cpu")
+    try:
+        return bool(F.scaled_dot_product_attention(token, token, token).isfinite().all())
+    except RuntimeError:  # torch 2.1 has no attention in half on the CPU, and says so when it is asked for a kernel
+        return True
 
 
 @lru_cache(maxsize=1024)
@@ -339,3 +316,4 @@ _without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes",
 # Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
 TAKES_SCALE = _takes_scale()
 MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()
+HALF_SCORES_ARE_RIGHT = _half_scores_are_right()

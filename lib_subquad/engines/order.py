@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -10,8 +12,8 @@ import torch
 
 from .. import identity, settings
 from ..problem import Problem
-from . import fused, portable
-from .base import Engine, check_engine
+from . import flash_attn, fused, portable, sage, xformers
+from .base import Engine, check_engine, is_installed
 from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
@@ -163,16 +165,40 @@ def _seen(told: str) -> str:
 
 
 def _versions() -> str:
-    return _seen(", ".join(engine.NAME for engine in _engines))
+    """The engines that can be had, each with its package's version."""
+    told = []
+    for engine in filter(is_installed, _engines):
+        version = ""
+        if hasattr(engine, "installed"):
+            with contextlib.suppress(Exception):  # it came without its metadata
+                version = f" {importlib.metadata.version(engine.NAME)}"
+        told.append(engine.NAME + version)
+    return _seen(", ".join(told))
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:
-    """Those to be asked in turn: the one that the user wants, if it is one's name, and then the exact ones in order."""
+    """Those to be asked in turn: the one that the user wants, if it is one's name, and then the exact ones in order
+    whose package is there."""
+    return tuple(engine for engine in exact(wanted) if engine.NAME == wanted or is_installed(engine))
+
+
+def exact(wanted: str) -> tuple[Engine, ...]:
+    """The same without a look at what is installed, which no compiler can follow."""
     first = [engine for engine in _engines if engine.NAME == wanted]
     return (*first, *(engine for engine in _engines if engine.EXACT and engine not in first))
 
 
-# A fused kernel where the device has one; what runs everywhere comes last.
-_OURS: tuple[Engine, ...] = (fused, portable)
+def inexact() -> list[str]:
+    """The names of those that give results of their own, which users must ask for."""
+    return [engine.NAME for engine in _engines if not engine.EXACT]
+
+
+def usable() -> tuple[Engine, ...]:
+    """All whose package is there, exact or not."""
+    return tuple(engine for engine in _engines if is_installed(engine))
+
+
+# A fused kernel where the device has one; what users may have installed; what runs everywhere comes last.
+_OURS: tuple[Engine, ...] = (fused, xformers, flash_attn, sage, portable)
 for _engine in _OURS:
     register(_engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import platform
 
@@ -20,6 +22,13 @@ def environment(device: str, threads: int | None = None) -> dict[str, object]:
         "system": platform.system(),
         "load": load(),
     }
+
+
+def bring_backend(device: str) -> None:
+    """Import the package of its own that PyTorch has such a device from: DirectML's."""
+    if device.startswith("privateuseone"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch_directml")
 
 
 def load() -> float | None:

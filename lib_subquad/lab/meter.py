@@ -21,6 +21,8 @@ def synchronize(device: torch.device) -> None:
     module = {"cuda": torch.cuda, "mps": getattr(torch, "mps", None), "xpu": getattr(torch, "xpu", None)}
     if (found := module.get(device.type)) is not None:
         found.synchronize()
+    elif device.type != "cpu":  # DirectML has no such function: what is fetched comes after all that was asked before
+        torch.zeros(1, device=device).to("cpu")
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:

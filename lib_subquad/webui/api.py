@@ -1,4 +1,4 @@
-"""HTTP beside the web UI's own: /subquad/v1/plan and /subquad/v1/status, behind the same authentication."""
+"""HTTP beside the web UI's own, under /subquad/v1/ and behind the same authentication: plan, status, measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
 from ..console import UserError
+from ..engines import order
+from ..engines.table import Class, Found
 from ..lab.explain.rows import Row
-from . import models, status
+from . import measuring, models, status
 from .hosts import host
 from .words import sendable
 
@@ -57,6 +59,36 @@ class StatusResponse(BaseModel):
     )
     out_of_reach: dict[str, int] = Field({}, description="whose are those that were not ours: owner -> layers")
     passed_on: dict[str, int] = Field({}, description="calls left to the web UI's own attention: reason -> calls")
+    reruns: int = Field(
+        0, description="calls computed again by an exact engine, as the inexact one's result was no use"
+    )
+
+
+class MeasuredRow(BaseModel):
+    """Calls of one kind, and what was fastest for them."""
+
+    dtype: str = Field(description="of queries and keys")
+    value_dtype: str
+    head_width: int
+    value_width: int
+    mask: str = Field(description="none, or its dtype")
+    heads: int = Field(description="heads of all images in the batch, to the nearest power of two")
+    query_tokens: int = Field(description="to the nearest power of two, as are those of the keys")
+    key_tokens: int
+    engine: str
+    query_chunk: int = Field(description="0: as the engine picks it, as are those of the keys")
+    kv_chunk: int
+    margin: float = Field(description="how many times as fast as what rules would take; 1: nothing is clearly faster")
+
+
+class MeasuredResponse(BaseModel):
+    device: str
+    torch: str
+    measured: list[MeasuredRow]
+
+
+class ForgottenResponse(BaseModel):
+    forgotten: int = Field(description="for how many kinds of calls something was known")
 
 
 def mount(_page, app: FastAPI) -> None:
@@ -65,11 +97,13 @@ def mount(_page, app: FastAPI) -> None:
     if not own:
         return
     dependencies = list(getattr(own[0], "dependencies", []))
-    for path, endpoint, response in (
-        ("/subquad/v1/plan", plan_route, PlanResponse),
-        ("/subquad/v1/status", status_route, StatusResponse),
+    for method, path, endpoint, response in (
+        ("GET", "/subquad/v1/plan", plan_route, PlanResponse),
+        ("GET", "/subquad/v1/status", status_route, StatusResponse),
+        ("GET", "/subquad/v1/measured", measured_route, MeasuredResponse),
+        ("DELETE", "/subquad/v1/measured", forget_route, ForgottenResponse),
     ):
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=response, dependencies=dependencies)
+        app.add_api_route(path, endpoint, methods=[method], response_model=response, dependencies=dependencies)
     app.openapi_schema = None  # made anew, with our routes
 
 
@@ -105,7 +139,38 @@ def status_route() -> StatusResponse:
         layers=seen.reach.places,
         out_of_reach={sendable(owner): count for owner, count in seen.reach.owners.items()},
         passed_on=dict(seen.passed_on),
+        reruns=seen.reruns,
         **fields,
+    )
+
+
+def measured_route() -> MeasuredResponse:
+    """What was measured on this device, and what *automatic* takes by it."""
+    machine = order.machine(host().device())
+    rows = [_measured_row(calls, found) for calls, found in measuring.known().items()]
+    return MeasuredResponse(device=machine.device, torch=machine.torch, measured=rows)
+
+
+def forget_route() -> ForgottenResponse:
+    """Forget what was measured on this device, when no image is being made: it is measured anew before the next one."""
+    with host().lock():
+        return ForgottenResponse(forgotten=measuring.forget())
+
+
+def _measured_row(calls: Class, found: Found) -> MeasuredRow:
+    return MeasuredRow(
+        dtype=calls.dtype,
+        value_dtype=calls.value_dtype,
+        head_width=calls.width,
+        value_width=calls.value_width,
+        mask=calls.mask,
+        heads=2**calls.heads,
+        query_tokens=2**calls.queries,
+        key_tokens=2**calls.keys,
+        engine=found.engine,
+        query_chunk=found.query_chunk,
+        kv_chunk=found.kv_chunk,
+        margin=found.margin,
     )
 
 

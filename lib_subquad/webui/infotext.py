@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from .. import memory
+from ..engines.table import Found
 from . import options, status
 from .hosts import host
 
 RETRIES = "Subquad retries"
+MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
+RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
 
 
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
+    # What was said of the image before: the cells of a grid share their parameters.
+    for name in (RETRIES, RERUNS, MEASURED, *options.INFOTEXT.values()):
+        p.extra_generation_params.pop(name, None)
     status.begin()
     memory.forget()  # the model may have been moved since
     host().prepare()
@@ -31,6 +37,16 @@ def finish_batch(p) -> None:
         seen.reach = host().reach(seen.served)
     if seen.retries or seen.remembered:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
+    if seen.reruns:
+        p.extra_generation_params[RERUNS] = seen.reruns
+    if seen.measured:
+        p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
+
+
+def _written(found: Found) -> str:
+    """Without a comma or a colon, for which web UIs would put it into quotes."""
+    tile = f" {found.query_chunk or 'auto'}x{found.kv_chunk or 'auto'}" if found.has_tile else ""
+    return found.engine + tile
 
 
 def end(p) -> None:

@@ -12,7 +12,7 @@ from .. import device as devices
 from ..console import UserError
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import TUNED
-from . import models, options, status, words
+from . import measuring, models, options, status, words
 from .hosts import host
 
 
@@ -116,6 +116,7 @@ class Laboratory:
             yield words.CSS + words.warning(why)
             return
         run.exploration = exploration
+        measuring.keep(exploration.found())
         cancelled = words.warning("Cancelled: this is what had been measured.") if run.cancelled else ""
         yield cancelled + words.trial_table(exploration)
 
@@ -152,15 +153,26 @@ class Laboratory:
             self._replaced = None
         return message, changed
 
+    def forget(self) -> tuple[str, dict[str, object]]:
+        """Forget what was measured on this device: a message. Not under an image: all its steps are to be alike."""
+        if not host().lock().acquire(blocking=False):
+            return "An image is being made: forget when it is done.", {}
+        try:
+            count = measuring.forget()
+        finally:
+            host().lock().release()
+        if not count:
+            return "Nothing has been measured on this device.", {}
+        return f"Forgotten: {status.counted(count, 'kind', 'kinds')} of calls. From now on rules decide again.", {}
+
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""
         standing = host().standing()
         why = f": {escape(standing.why)}" if standing.why else "."
         offered = options.offered()
         line = words.line(f"<b>{standing.is_so}</b>{why} {words.last_generation(status.generation())}")
-        return (
-            words.CSS + line + "".join(words.kept_setting(offered[name], word) for name, word in options.kept().items())
-        )
+        kept = "".join(words.kept_setting(offered[name], word) for name, word in options.kept().items())
+        return words.CSS + line + words.measured(measuring.known(), host().settings()) + kept
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import lru_cache
 
 from ..checkpoint import Checkpoint, from_shapes, read_attention_layers
 from ..console import UserError
@@ -31,7 +33,7 @@ def read(title: str | None) -> Checkpoint:
     filename = host().checkpoints().get(title) if isinstance(title, str) else None
     if filename is None:
         raise UserError(f"There is no checkpoint {shown(title, 200)} on the web UI's list.")
-    return read_attention_layers(filename)
+    return _of_file(filename)
 
 
 def question(title: str | None, width: object, height: object, batch: object) -> Question:
@@ -53,7 +55,25 @@ def question(title: str | None, width: object, height: object, batch: object) ->
 def _read_loaded() -> Checkpoint:
     loaded = host().loaded()
     if loaded.filename or loaded.shapes is None:
-        checkpoint = read_attention_layers(loaded.filename)
+        checkpoint = _of_file(loaded.filename)
     else:
         checkpoint = from_shapes(loaded.shapes())
     return replace(checkpoint, notes=(loaded.note, *checkpoint.notes)) if loaded.note else checkpoint
+
+
+def _of_file(filename: str) -> Checkpoint:
+    """Read once for each state of the file, and of the `.yaml` beside it: every image asks."""
+    return _of_file_as_it_is(filename, tuple(map(_state, (filename, f"{os.path.splitext(filename)[0]}.yaml"))))
+
+
+@lru_cache(maxsize=8)
+def _of_file_as_it_is(filename: str, _states: tuple) -> Checkpoint:
+    return read_attention_layers(filename)
+
+
+def _state(filename: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(filename)
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..engines.table import Found
 from ..plan import Plan
 from ..retry import RETRY_REASON
 
@@ -25,26 +26,34 @@ class Generation:
     `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to. `served` holds the
     `id` of every place that made a call: a cross-attention layer, or a function that the web UI holds somewhere.
     `begun`: there was one, so that silence says that nothing of it was ours. `passed_on` counts the calls that came to
-    us and that the web UI's own attention computed, by the reason.
+    us and that the web UI's own attention computed, by the reason; `reruns` those of which an inexact engine's result
+    was of no use, so that an exact one computed them again. `measuring` says what is measured before it, and then what
+    was found; `measured` holds the findings that its calls went by instead of by the fixed order.
     """
 
     begun: bool = False
     calls: int = 0
     retries: int = 0
+    reruns: int = 0
     remembered: bool = False
     largest: Plan | None = None
     served: set[int] = field(default_factory=set)
     passed_on: Counter[str] = field(default_factory=Counter)
     reach: Reach = Reach()
+    measuring: str = ""
+    measured: set[Found] = field(default_factory=set)
 
     def record(self, plan: Plan, place: object | None) -> None:
         self.calls += 1
         if place is not None:
             self.served.add(id(place))
         self.retries += plan.retries
+        self.reruns += plan.reruns
         self.remembered = self.remembered or not plan.retries and RETRY_REASON in plan.reasons
         if self.largest is None or plan.workspace_bytes >= self.largest.workspace_bytes:
             self.largest = plan
+        if plan.measured is not None:
+            self.measured.add(plan.measured)
 
 
 _generation = Generation()
@@ -66,6 +75,11 @@ def pass_on(reason: str) -> None:
     _generation.passed_on[reason] += 1
 
 
+def measuring(sentence: str) -> None:
+    """What is measured before this generation, or was."""
+    _generation.measuring = sentence
+
+
 def generation() -> Generation:
     """The generation now under way, or the last one."""
     return _generation
@@ -80,7 +94,14 @@ def summary() -> str:
         f"{counted(seen.retries, 'retry', 'retries')} after running out of memory" if seen.retries else "no retries"
     )
     calls = counted(seen.calls, "call", "calls")
-    return " ".join([f"Last generation: {calls}, {retries}. Largest: {seen.largest}", *missed(seen)])
+    calls = ", ".join([calls, retries, *again(seen)])
+    told = [f"Last generation: {calls}. Largest: {seen.largest}", *missed(seen)]
+    return " ".join(filter(None, [*told, seen.measuring]))
+
+
+def again(seen: Generation) -> list[str]:
+    """How many calls an exact engine computed again, if any."""
+    return [f"{seen.reruns} computed again exactly"] if seen.reruns else []
 
 
 def counted(number: int, one: str, many: str) -> str:
@@ -88,7 +109,9 @@ def counted(number: int, one: str, many: str) -> str:
 
 
 def nothing(seen: Generation) -> str:
-    """The sentence for a generation in which nothing was computed here."""
+    """The sentence for a generation in which nothing was computed here, or nothing yet."""
+    if seen.measuring:
+        return seen.measuring
     if seen.begun:
         return "The last image was made without subquad."
     return "No image has been made with subquad yet."

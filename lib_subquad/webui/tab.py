@@ -29,6 +29,12 @@ engines and chunk sizes on this device, which takes a minute or so, longer for l
 one.
 """
 
+FORGETTING = """\
+Before the first image of a new size the exact engines are timed on this device for a few seconds, and *automatic* takes
+the fastest from then on. They are timed again when the device, its driver or torch changes. If other programs were busy
+meanwhile, forget what was measured: it is measured anew before the next image.
+"""
+
 # Settings pages that are open show a value until they are told another; the web UI's own widgets carry these ids, in
 # Quicksettings too.
 MOVE_SLIDERS = """
@@ -97,6 +103,9 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             interactive=False,
         )
         answer = gr.HTML(elem_id="subquad_answer")
+        with gr.Accordion("What was measured", open=False, elem_id="subquad_measured_details"):
+            gr.Markdown(FORGETTING.replace("\n", " "))
+            forget = gr.Button("Forget what was measured", elem_id="subquad_forget")
         run = gr.State(None)  # this page's own
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
@@ -119,7 +128,11 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
             on(asked.then, _measure_at_once, measured, shown, **unqueued)
         on(cancel.click, _cancel, run, [message, answer, gone], **unqueued)
-        for button, action, given in ((apply, LABORATORY.apply, run), (undo, LABORATORY.undo, None)):
+        for button, action, given in (
+            (apply, LABORATORY.apply, run),
+            (undo, LABORATORY.undo, None),
+            (forget, LABORATORY.forget, None),
+        ):
             done = on(button.click, _and_tell(action), given, [message, payload, status], **unqueued)
             done.then(None, payload, payload, **{SCRIPT: MOVE_SLIDERS})
         tab.on_show = (state_now, [status, checkpoint])

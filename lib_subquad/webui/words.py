@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 
+from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import Trial, about_as_fast
-from ..settings import Option, shown
-from .status import Generation, missed, nothing
+from ..plan import goes_by_measurements
+from ..settings import Option, Settings, shown
+from .status import Generation, again, missed, nothing
 
 FEW_COLUMNS = 5
 MOST_TRIED = 8
@@ -33,12 +35,15 @@ TERMS = {
     "call's queries, keys, values and result count as well.",
     "Why": "Why this engine, and which of your settings had to give way.",
     "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
+    "Measured on this device": "Before the first image of a new size the exact engines are timed for a few seconds, "
+    "and the fastest is taken from then on.",
     "Time": "Attention alone, in one sampling step, on this device.",
     "Measured": "How often. Times of settings that were measured equally often, in turn, can be compared; a single run "
     "tells little while other programs run.",
     "Chunks": "How many tokens ask at a time x how many they look at in one go.",
     "Calls": "How often attention was computed for that image: once for every layer in every step.",
     "Retries": "How often memory ran out and attention went on in smaller chunks instead of failing.",
+    "Reruns": "How often the inexact engine that is set gave NaN or infinity, so that an exact one computed the call.",
     "Peak": "The most memory that any call needed beside its input and its result.",
 }
 
@@ -111,18 +116,29 @@ def last_generation(seen: Generation) -> str:
     if seen.largest is None:
         return f"{nothing(seen)}{out_of_reach}"
     made = seen.largest
+    reruns = "".join(f", {term(words, 'Reruns')}" for words in again(seen))
     return (
         f"Last generation: {seen.calls} {term(_plural('call', seen.calls), 'Calls')}, "
-        f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}. "
+        f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}{reruns}. "
         f"The largest: {term(made.engine, 'Engine')}, "
         f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
         f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
-        f"{out_of_reach}"
+        f"{out_of_reach} {escape(seen.measuring)}".rstrip()
     )
 
 
 def _plural(word: str, number: int) -> str:
     return word if number == 1 else f"{word}s"
+
+
+def measured(found: Mapping[Class, Found], settings: Settings) -> str:
+    """What the fixed order is changed by on this device; empty where nothing was measured."""
+    if not found:
+        return ""
+    faster = sum(it.margin > 1 for it in found.values())
+    kinds = f"{len(found)} {_plural('kind', len(found))} of calls, {faster or 'none'} of them faster than by rules."
+    unused = "" if goes_by_measurements(settings) else " It is not used: your settings choose otherwise."
+    return line(f"{term('Measured on this device')}: {kinds}{unused}")
 
 
 def kept_setting(option: Option, word: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -12,6 +10,7 @@ from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, wait
 from tests.forge.conftest import FARTHEST, USES
 from tests.forge.models import CALLS
 from tests.pages import generate, open_page, open_section, open_tab, set_query_chunk
+from tests.servers import infotexts
 
 PYTORCH = "--attention-pytorch"
 QUICKSETTINGS = ("quicksettings_list", "quick_setting_list")  # the option's names
@@ -120,9 +119,9 @@ def test_the_tab_says_that_it_is_off_and_what_to_do(page, server):
 )
 def test_an_axis(server, label, values, written):
     server.use("off" if label == "[Subquad] Use" else "everything")
-    infotexts = json.loads(plot(server, label, values)["info"])["infotexts"][-2:]  # after the grid
-    assert len(infotexts) == 2
-    for infotext, part in zip(infotexts, written):
+    written_into = infotexts(plot(server, label, values))[-2:]  # after the grid
+    assert len(written_into) == 2
+    for infotext, part in zip(written_into, written):
         assert part in infotext and (part != "" or label.removeprefix("[Subquad] ").lower() not in infotext)
     assert server.options()["subquad_query_chunk"] == 0
 

@@ -26,15 +26,19 @@ def test_frozen_settings(forge):
 
 def test_saved_words_and_values_that_are_not_known_here(forge):
     """Told once, not used, and left as they were: another version may know them."""
-    saved = {"subquad_use": "quantum", "subquad_engine": "xformers", "subquad_query_chunk": "a lot"}
+    saved = {"subquad_use": "quantum", "subquad_engine": "hyperformers", "subquad_query_chunk": "a lot"}
     with forge.running("--nowebui", **saved) as server:
-        for name, value in (("use", "quantum"), ("engine", "xformers"), ("query_chunk", "a lot")):
+        for name, value in (("use", "quantum"), ("engine", "hyperformers"), ("query_chunk", "a lot")):
             assert server.log.count(f"[subquad] setting subquad_{name} is {value!r}") == 1
         _, infotext = server.generate()
         assert "Subquad" not in infotext and server.status()["calls"] == 0 and server.holders() == []
         server.options(samples_format="jpg")  # saves all
         kept = json.loads((forge.data / "config.json").read_text(encoding="utf-8"))
-        assert (kept["subquad_use"], kept["subquad_engine"], kept["subquad_query_chunk"]) == ("quantum", "xformers", 0)
+        assert (kept["subquad_use"], kept["subquad_engine"], kept["subquad_query_chunk"]) == (
+            "quantum",
+            "hyperformers",
+            0,
+        )
         server.use("everything")
         server.generate()
         assert server.status()["calls"] == CALLS + 1

@@ -10,10 +10,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from lib_subquad.lab.measured import rounds
+
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
+    """An image waits for no measurement, in tests of something else."""
+    monkeypatch.setattr(rounds, "unknown", lambda problems, settings: [])
 
 
 @pytest.fixture

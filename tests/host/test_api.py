@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
+
+from lib_subquad.engines import order
+from lib_subquad.engines.table import Class, Found
 
 
 def password(secret: str = ""):
@@ -36,9 +40,11 @@ def test_no_routes_where_the_web_ui_has_none(subquad):
 
 def test_behind_the_same_password(app):
     client = app(dependencies=[Depends(password)])
-    for path in ("/subquad/v1/status", "/subquad/v1/plan"):
+    for path in ("/subquad/v1/status", "/subquad/v1/plan", "/subquad/v1/measured"):
         assert client.get(path).status_code == 401
         assert client.get(f"{path}?secret=secret").status_code == 200
+    assert client.delete("/subquad/v1/measured").status_code == 401
+    assert client.delete("/subquad/v1/measured?secret=secret").status_code == 200
 
 
 def test_status_before_and_after_an_image(app, loaded):
@@ -65,6 +71,29 @@ def test_the_plan_has_a_row_for_every_shape(app, loaded):
     assert answer["largest_image"][1] == 2 * answer["largest_image"][0]
 
 
+def test_what_was_measured_is_told_and_forgotten(app, loaded):
+    client = app()
+    here = order.machine(torch.device("cpu"))
+    assert client.get("/subquad/v1/measured").json() == {
+        "device": here.device,
+        "torch": torch.__version__,
+        "measured": [],
+    }
+    calls = Class("float32", "float32", 40, 40, "none", 4, 12, 6)
+    other = here._replace(device="another card")
+    table = order.table().with_found(here, {calls: Found("portable", 512, 0, 1.25)})
+    order.go_by(table.with_found(other, {calls: Found("fused")}))
+    (row,) = client.get("/subquad/v1/measured").json()["measured"]
+    assert row == {
+        "dtype": "float32", "value_dtype": "float32", "head_width": 40, "value_width": 40, "mask": "none",
+        "heads": 16, "query_tokens": 4096, "key_tokens": 64,
+        "engine": "portable", "query_chunk": 512, "kv_chunk": 0, "margin": 1.25,
+    }  # fmt: skip
+    assert client.delete("/subquad/v1/measured").json() == {"forgotten": 1}
+    assert client.delete("/subquad/v1/measured").json() == {"forgotten": 0}
+    assert list(order.table().machines) == [other]  # another device's are none of this one's
+
+
 @pytest.mark.parametrize(
     "question", ["width=0", "height=16448", "batch=65", "width=wide", "checkpoint=/etc/passwd", "checkpoint=unknown"]
 )
@@ -75,6 +104,11 @@ def test_what_cannot_be_answered(app, question):
 
 def test_its_openapi_page(app):
     paths = app().get("/openapi.json").json()["paths"]
-    for path, schema in (("plan", "PlanResponse"), ("status", "StatusResponse")):
-        answer = paths[f"/subquad/v1/{path}"]["get"]["responses"]["200"]["content"]["application/json"]
+    for path, how, schema in (
+        ("plan", "get", "PlanResponse"),
+        ("status", "get", "StatusResponse"),
+        ("measured", "get", "MeasuredResponse"),
+        ("measured", "delete", "ForgottenResponse"),
+    ):
+        answer = paths[f"/subquad/v1/{path}"][how]["responses"]["200"]["content"]["application/json"]
         assert answer["schema"]["$ref"].endswith(schema)

@@ -120,6 +120,7 @@ def page(loaded):
         ("subquad_cancel", "click", "Nothing is being measured on this page."),
         ("subquad_apply", "click", "Measure first: there is nothing to apply yet."),
         ("subquad_undo", "click", "There is nothing to undo."),
+        ("subquad_forget", "click", "Nothing has been measured on this device."),
     ],
 )
 def test_every_button_answers_with_a_sentence(page, element, how, said):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from lib_subquad import Plan
+from lib_subquad.engines.table import Found
 from lib_subquad.settings import OPTIONS
 
 CHANGED = {
@@ -18,6 +19,7 @@ CHANGED = {
     "subquad_checkpointing": "never",
     "subquad_upcast": "always",
     "subquad_vae": False,
+    "subquad_measure": False,
     "subquad_retry": False,
 }
 
@@ -51,6 +53,37 @@ def test_what_was_changed_is_written_and_restored(subquad):
     restored = {labels[label]: subquad.opts.cast_value(labels[label], str(text)) for label, text in written.items()}
     assert restored == CHANGED
     assert [type(value) for value in restored.values()] == [type(CHANGED[key]) for key in restored]
+
+
+def test_a_grid_shares_the_parameters_of_its_images(subquad):
+    """What was set, retried or measured for one is not written into the next."""
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={"Script": "X/Y/Z plot"})
+    subquad.opts.data.update(CHANGED)
+    subquad.infotext.begin(p)
+    subquad.status.record(Plan("portable", 64, 64, 1, 1000, retries=1, measured=Found("portable", 64, 64, 1.5)))
+    subquad.infotext.finish_batch(p)
+    assert len(p.extra_generation_params) == 1 + len(CHANGED) + 2
+    for name in CHANGED:
+        subquad.opts.data[name] = OPTIONS[name.removeprefix("subquad_")].default
+    subquad.infotext.begin(p)
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Script": "X/Y/Z plot"}
+
+
+def test_measurements_are_written_once_each_without_what_is_quoted(subquad):
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    for found in (
+        Found("portable", 512, 1024, 1.2),
+        Found("fused", margin=1.3),
+        Found("portable", 512, 1024, 1.4),
+        Found("portable", 256, 0, 2.0),
+    ):
+        subquad.status.record(Plan(found.engine, 64, 64, 1, 1000, measured=found))
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Subquad measured": "fused; portable 256xauto; portable 512x1024"}
 
 
 @pytest.mark.parametrize(("value", "written"), [("many", {}), (512.0, {"Subquad query chunk": 512}), (-3, {})])
@@ -103,3 +136,19 @@ def test_one_call_is_one_call(subquad, calls, words):
     for _ in range(calls):
         subquad.status.record(Plan("portable", 64, 64, 1, 1000))
     assert subquad.status.summary().startswith(f"Last generation: {words}")
+
+
+def test_calls_that_were_computed_again_exactly_are_written_and_told(subquad):
+    subquad.select("subquad")
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    for reruns in (0, 1, 1):
+        subquad.status.record(Plan("fused", 64, 64, 1, 1000, ("a reason",), reruns=reruns))
+    subquad.infotext.finish_batch(p)
+    assert p.extra_generation_params == {"Subquad exact reruns": 2}
+    assert "3 calls, no retries, 2 computed again exactly. Largest" in subquad.status.summary()
+    from lib_subquad.webui import api, words
+
+    told = re.sub("<[^>]*>", "", words.last_generation(subquad.status.generation()))
+    assert "no retries, 2 computed again exactly. The largest" in told
+    assert api.status_route().reruns == 2

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib_subquad import Settings
 
@@ -75,6 +76,20 @@ def test_what_measure_says(laboratory, loaded, monkeypatch, yours, chosen, words
     text = re.sub(r"<(?!/?b>)[^>]*>", " ", answer.split("</style>")[1])
     for part in words:
         assert part in text
+
+
+def test_what_measure_found_is_kept(laboratory, loaded, monkeypatch):
+    from lib_subquad.engines import order
+    from lib_subquad.lab.tune.exploration import Exploration
+    from lib_subquad.webui import measuring
+
+    answers = iter([{}, {"calls of some class": "the engine that was found"}])
+    kept = []
+    monkeypatch.setattr(Exploration, "found", lambda explored: next(answers))
+    monkeypatch.setattr(measuring.file, "add", lambda path, machine, found: kept.append((machine, found)))
+    for _ in range(2):
+        finished(laboratory.measure(*QUESTION))
+    assert kept == [(order.machine(torch.device("cpu")), {"calls of some class": "the engine that was found"})]
 
 
 def test_it_refuses_while_an_image_is_made(laboratory, lock):
@@ -172,17 +187,17 @@ def test_it_says_who_is_busy(laboratory, lock):
 
 def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
     """Automatic is in force where it stands, and recommended: there is nothing to set."""
-    loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="xformers")
+    loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="hyperformers")
     measurement, _ = laboratory.request(None)
     measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings()))
     message, moved = laboratory.apply(measurement)
     assert "subquad_query_chunk" in moved and "subquad_engine" not in moved and "Engine" not in message
-    assert loaded.opts.subquad_engine == "xformers"
+    assert loaded.opts.subquad_engine == "hyperformers"
     laboratory.undo()
-    assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "xformers")
+    assert (loaded.opts.subquad_query_chunk, loaded.opts.subquad_engine) == (1, "hyperformers")
     measurement.exploration = SimpleNamespace(recommended=lambda: SimpleNamespace(settings=Settings(engine="portable")))
-    assert "Engine: xformers → portable" in laboratory.apply(measurement)[0]
-    assert laboratory.undo()[1]["subquad_engine"] == "xformers"
+    assert "Engine: hyperformers → portable" in laboratory.apply(measurement)[0]
+    assert laboratory.undo()[1]["subquad_engine"] == "hyperformers"
 
 
 def test_apply_and_undo(laboratory, loaded):

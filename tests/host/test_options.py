@@ -129,7 +129,7 @@ def test_a_hand_edited_config_is_put_right_when_the_scripts_load(host, tmp_path)
     assert [type(value) for value in stored.values()] == [int, str, bool, int]
 
 
-WORDS = {"subquad_engine": "xformers", "subquad_checkpointing": "自動", "subquad_upcast": "queries"}
+WORDS = {"subquad_engine": "hyperformers", "subquad_checkpointing": "自動", "subquad_upcast": "queries"}
 
 
 @pytest.fixture
@@ -188,13 +188,13 @@ def test_they_are_told_once_on_the_console_and_on_the_page(words_of_another_vers
     for _ in range(3):
         options.current()
         options.put_right()
-    told = [line for line in capsys.readouterr().out.splitlines() if "xformers" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "hyperformers" in line]
     assert told == [
-        f"[subquad] setting subquad_engine is 'xformers', expected {OPTIONS['engine'].expected}; "
+        f"[subquad] setting subquad_engine is 'hyperformers', expected {OPTIONS['engine'].expected}; "
         "using 'automatic' meanwhile, and keeping what was saved"
     ]
     status = laboratory.LABORATORY.status()
-    assert "Engine is set to &#x27;xformers&#x27;, which is not known here. Meanwhile it is automatic" in status
+    assert "Engine is set to &#x27;hyperformers&#x27;, which is not known here. Meanwhile it is automatic" in status
     assert "自動" in status and "queries" in status
 
 
@@ -206,11 +206,11 @@ def test_and_can_be_changed_away_from(words_of_another_version):
     def choices():
         return shared.opts.data_labels["subquad_engine"].component_args()["choices"]
 
-    assert choices() == ["automatic", *order.names(), "xformers"]
+    assert choices() == ["automatic", *order.names(), "hyperformers"]
     assert shared.opts.set("subquad_engine", "portable")
     assert options.current().engine == "portable"
     assert choices() == ["automatic", *order.names()]
-    assert "xformers" not in laboratory.LABORATORY.status()
+    assert "hyperformers" not in laboratory.LABORATORY.status()
 
 
 @pytest.mark.parametrize("broken", ["", " ", "\ud800", "two\nlines", 5, None, ["fused"]])
@@ -324,11 +324,11 @@ def test_an_override_holds_for_one_request(subquad, generate):
 def test_an_override_that_is_not_known_here_leaves_the_setting_as_saved(subquad, generate):
     """As an image's infotext from another version brings it."""
     subquad.opts.set("subquad_engine", "portable")
-    assert generate(override_settings={"subquad_engine": "xformers"}).engine == "automatic"
+    assert generate(override_settings={"subquad_engine": "hyperformers"}).engine == "automatic"
     assert subquad.opts.data["subquad_engine"] == "portable"
-    subquad.opts.set("subquad_engine", "xformers")
+    subquad.opts.set("subquad_engine", "hyperformers")
     assert generate(override_settings={"subquad_engine": "portable"}).engine == "portable"
-    assert subquad.opts.data["subquad_engine"] == "xformers"
+    assert subquad.opts.data["subquad_engine"] == "hyperformers"
 
 
 @pytest.mark.parametrize("value", ["text", -1, None, float("nan"), 10**9, [1]])

@@ -38,6 +38,7 @@ def test_every_event_is_known_here(page):
         ("subquad_cancel", "click"),
         ("subquad_apply", "click"),
         ("subquad_undo", "click"),
+        ("subquad_forget", "click"),
         ("tab_subquad_tab", "select"),
         *([("subquad_gone", "change")] if gr.__version__.startswith("3.") else []),
     }
@@ -67,6 +68,7 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
         ("subquad_cancel", "Nothing is being measured on this page."),
         ("subquad_apply", "Measure first"),
         ("subquad_undo", "There is nothing to undo."),
+        ("subquad_forget", "Nothing has been measured on this device."),
         ("subquad_measure", "Measuring begins as soon as it is its turn."),
         ("subquad_refresh", "subquad is not active"),
     ],
@@ -92,7 +94,7 @@ def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("half a character \ud800 <b>")
 
-    for name in ("apply", "undo", "cancel", "request"):
+    for name in ("apply", "undo", "forget", "cancel", "request"):
         monkeypatch.setattr(LABORATORY, name, broken)
     page = Page(build("a prompt", 1, (64, 64), 1).queue())
     for name in ("question", "titles"):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import urllib.parse
 
 import pytest
 
-from tests.servers import status_of
+from tests.servers import infotexts, status_of
 
 TITLE = "subquad - fast attention within a memory limit"
-PATHS = ("/subquad/v1/status", "/subquad/v1/plan")
+PATHS = ("/subquad/v1/status", "/subquad/v1/plan", "/subquad/v1/measured")
 XYZ = "x/y/z plot"
 
 
@@ -54,13 +53,13 @@ def test_they_are_in_its_openapi_page(server):
     paths = server.call("/openapi.json")["paths"]
     for path in PATHS:
         answer = paths[path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
-        assert answer["$ref"].endswith(("PlanResponse", "StatusResponse"))
+        assert answer["$ref"].endswith(("PlanResponse", "StatusResponse", "MeasuredResponse"))
 
 
 def test_behind_the_same_password(webui):
     with webui.running("--nowebui", "--api-auth", "me:secret") as server:
         own = status_of(server, "/sdapi/v1/options")
-        assert own == status_of(server, PATHS[0]) == status_of(server, PATHS[1]) == 401
+        assert {own, *(status_of(server, path) for path in PATHS)} == {401}
         assert status_of(server, PATHS[0], "me:wrong") == 401
         for path in PATHS:
             assert status_of(server, path, "me:secret") == 200
@@ -79,14 +78,15 @@ def with_a_page(webui):
         ("[Subquad] Query chunk", "64, 128", ["Subquad query chunk: 64", "Subquad query chunk: 128"]),
         ("[Subquad] KV chunk", "0, 200", ["", "Subquad KV chunk: 200"]),
         ("[Subquad] Engine", "automatic, portable", ["", "Subquad engine: portable"]),
+        ("[Subquad] Engine", "portable, automatic", ["Subquad engine: portable", ""]),
         ("[Subquad] Memory limit", "70, 30", ["", "Subquad memory limit: 30"]),
     ],
 )
 def test_an_axis(with_a_page, label, values, written):
     answer = plot(with_a_page, label, values)
-    infotexts = json.loads(answer["info"])["infotexts"][1:]  # after the grid
-    assert len(infotexts) == 2
-    for infotext, part in zip(infotexts, written):
+    written_into = infotexts(answer)[1:]  # after the grid
+    assert len(written_into) == 2
+    for infotext, part in zip(written_into, written):
         assert part in infotext and (part or "Subquad" not in infotext)
     assert not any(value for key, value in with_a_page.options().items() if key == "subquad_query_chunk")
 

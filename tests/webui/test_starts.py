@@ -45,12 +45,14 @@ def test_a_word_that_is_not_known_here_outlives_apply_settings(webui, browser):
     def saved():
         return json.loads((webui.data / "config.json").read_text(encoding="utf8"))
 
-    with webui.running(subquad_engine="xformers", cross_attention_optimization=TITLE) as server:
-        assert server.log.count("[subquad] setting subquad_engine is 'xformers'") == 1
+    with webui.running(subquad_engine="hyperformers", cross_attention_optimization=TITLE) as server:
+        assert server.log.count("[subquad] setting subquad_engine is 'hyperformers'") == 1
         page = open_page(browser, server)
-        AttentionTab(page).open().wait_for("#subquad_status", "Engine is set to 'xformers', which is not known here")
+        AttentionTab(page).open().wait_for(
+            "#subquad_status", "Engine is set to 'hyperformers', which is not known here"
+        )
         set_query_chunk(page, 96)
-        assert (saved()["subquad_query_chunk"], saved()["subquad_engine"]) == (96, "xformers")
+        assert (saved()["subquad_query_chunk"], saved()["subquad_engine"]) == (96, "hyperformers")
         _, infotext = server.generate()
         assert "Subquad query chunk: 96" in infotext and "Subquad engine" not in infotext
         page.locator("#setting_subquad_engine label", has_text="portable").first.click()

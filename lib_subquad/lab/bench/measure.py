@@ -16,7 +16,7 @@ import torch
 from ... import device as devices
 from ...plan import plan_problem
 from .. import meter
-from ..machine import processor_seconds, share_of_others
+from ..machine import bring_backend, processor_seconds, share_of_others
 from ..process import Failed, ask, serve, stay_within_memory
 from .peers import Unsupported, find
 from .shapes import Shape
@@ -76,6 +76,7 @@ def _measure_apart(job: Job, timeout: float | None) -> Measurement:
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     job = Job(**{**question, "shape": Shape(**question["shape"])})
+    bring_backend(job.device)
     stay_within_memory(torch.device(job.device))
     return dataclasses.asdict(_measure_or_reason(job))
 

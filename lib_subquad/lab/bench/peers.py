@@ -79,6 +79,31 @@ def _only_the_math_kernel() -> contextlib.AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def _sdpa_with(kernel: str) -> Callable[[Problem], Attention]:
+    """PyTorch's function with that one of its kernels, by its name in `torch.nn.attention.SDPBackend`."""
+
+    def make(problem: Problem) -> Attention:
+        try:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+
+            only = getattr(SDPBackend, kernel)
+        except (ImportError, AttributeError):
+            raise Unsupported(f"torch {torch.__version__} does not let one choose it") from None
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            try:
+                with sdpa_kernel(only):
+                    return F.scaled_dot_product_attention(query, key, value)
+            except RuntimeError as error:
+                if any(words in str(error) for words in NO_KERNEL):
+                    raise Unsupported("PyTorch has no such kernel for this here") from None
+                raise
+
+        return attend
+
+    return make
+
+
 def _memory_efficient_attention(problem: Problem) -> Attention:
     attend = without_its_package("memory_efficient_attention", "attention_torch").efficient_dot_product_attention
 
@@ -142,19 +167,6 @@ class _Constant(torch.nn.Module):
         return self.value
 
 
-def _xformers(problem: Problem) -> Attention:
-    try:
-        from xformers.ops import memory_efficient_attention
-    except ImportError as error:
-        raise Unsupported(f"not installed: pip install xformers ({error})") from error
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return memory_efficient_attention(query, key, value).transpose(1, 2)
-
-    return attend
-
-
 def _from_file(path: str) -> Callable[[Problem], Attention]:
     """The `efficient_dot_product_attention` of a file, called as the web UI calls its own."""
 
@@ -197,6 +209,13 @@ def _refuse_above_free_memory(problem: Problem, wanted: int) -> None:
 
 
 REFERENCE = "sdpa"  # what the others' time is compared with
+NO_KERNEL = ("No available kernel", "No viable backend")  # in PyTorch's words, on a card and on the CPU
+# PyTorch's function with one of its kernels: measured where asked for, since it takes the best of them by itself.
+KERNELS = {
+    "sdpa-flash": "FLASH_ATTENTION",
+    "sdpa-efficient": "EFFICIENT_ATTENTION",
+    "sdpa-cudnn": "CUDNN_ATTENTION",
+}
 PEERS = {
     peer.name: peer
     for peer in (
@@ -206,7 +225,7 @@ PEERS = {
         Peer("sdpa-math", _sdpa_math),
         Peer("memory-efficient-attention", _memory_efficient_attention),
         Peer("diffusers-sliced", _diffusers_sliced),
-        Peer("xformers", _xformers),
+        *(Peer(name, _sdpa_with(kernel)) for name, kernel in KERNELS.items()),
     )
 }
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from .. import machine
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -48,6 +50,7 @@ def percent(text: str) -> int:
 @argument
 def device(text: str) -> str:
     """A device that this torch can put a tensor on."""
+    machine.bring_backend(text)
     try:
         torch.empty(1, device=text)
     except Exception as error:  # what a missing backend raises differs from one to the next

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...console import UserError
 from ..bench import overhead
 from ..bench.capture import capture
-from ..bench.peers import PEERS, REFERENCE, find
+from ..bench.peers import KERNELS, PEERS, REFERENCE, find
 from ..bench.plot import draw_bench
 from ..bench.report import heading, report
 from ..bench.shapes import DEFAULT, SHAPE_HELP, Shape, parse_shape
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         type=measuring.peers_argument,
-        default=list(PEERS),
+        default=[name for name in PEERS if name not in KERNELS],
         metavar="A,B",
-        help=f"only these of {', '.join(PEERS)} (default: all)",
+        help=f"only these of {', '.join(PEERS)} (default: all but {', '.join(KERNELS)})",
     )
     parser.add_argument(
         "--peer",

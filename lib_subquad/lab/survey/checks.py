@@ -18,6 +18,7 @@ from ...engines import order, pytorch
 from ...engines.base import Engine
 from ...plan import Plan
 from ...settings import Settings
+from ...trust import tensors
 from .. import meter, tables
 from ..anonymous import anonymous
 from ..bench import reference
@@ -102,11 +103,12 @@ def _cells(what: str, outcome: Outcome, pytorchs: float | None) -> dict[str, str
 
 def check(shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device) -> list[Outcome]:
     """PyTorch's function and every engine on one problem, in rounds; those that cannot say why."""
-    query, key, value, mask = tensors(shape, masked, dtype, device)
+    problem = problem_of(shape, device, dtype, masked)
+    query, key, value, mask = tensors(problem)
     expected = _expected(query, key, value, mask)
     outcomes = [Outcome(PYTORCH, lambda: pytorch.OWN(query, key, value, attn_mask=mask))]
-    for engine in order.engines():
-        can, why = answer(engine, problem_of(shape, device, dtype, masked))
+    for engine in order.usable():
+        can, why = answer(engine, problem)
         attend = _only(engine, query, key, value, mask)
         outcomes.append(Outcome(engine.NAME, attend, note="" if can == "can" else why))
     with torch.no_grad():
@@ -115,17 +117,6 @@ def check(shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device) 
                 _guarded(outcome, device, functools.partial(_first_calls, outcome, device, expected, dtype))
         _rounds(outcomes, device)
     return outcomes
-
-
-def tensors(
-    shape: Shape, masked: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """query, key, value [batch, heads, tokens, width] and a bool mask [1, 1, 1, keys], or None for it."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(shape.batch, shape.heads, tokens, shape.width) for tokens in (shape.queries, shape.keys, shape.keys)]
-    query, key, value = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
-    seen = torch.rand(1, 1, 1, shape.keys, generator=generator) < 0.7
-    return query, key, value, seen.to(device) if masked else None
 
 
 def _expected(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ def facts(device: torch.device) -> list[tuple[str, str]]:
     return [
         ("subquad", __version__),
         ("Device", _safe(lambda: f"{identity.device_name(device)} ({device})")),
-        ("Architecture", _safe(lambda: _architecture(device))),
+        ("Architecture", _safe(lambda: architecture(device))),
         ("Memory", _safe(lambda: _memory(device))),
         ("Driver", _safe(lambda: identity.driver(device))),
         ("PyTorch", _safe(_pytorch)),
@@ -75,7 +75,8 @@ def _safe(ask: Callable[[], str]) -> str:
         return f"{NOT_TOLD} ({type(error).__name__})"
 
 
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """What kernels are built for: "gfx1101", "compute capability 8.9", "AVX2"; "" where nobody tells."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
@@ -110,8 +111,17 @@ def _packages() -> str:
 
 
 def _switches() -> str:
-    told = [(name, getattr(torch.backends.cuda, f"{name}_sdp_enabled", None)) for name in SWITCHES]
-    return ", ".join(f"{name} {'on' if enabled() else 'off'}" for name, enabled in told if enabled is not None)
+    return ", ".join(f"{name} {'on' if enabled else 'off'}" for name, enabled in _enabled().items())
+
+
+def switched_off() -> list[str]:
+    """PyTorch's fused kernels that somebody has switched off, by the names that its functions have for them."""
+    return [name for name, enabled in _enabled().items() if not enabled and name != "math"]
+
+
+def _enabled() -> dict[str, bool]:
+    asked = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled", None) for name in SWITCHES}
+    return {name: bool(ask()) for name, ask in asked.items() if ask is not None}
 
 
 def _rules(device: torch.device) -> str:

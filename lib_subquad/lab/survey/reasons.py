@@ -29,13 +29,13 @@ MASKED = (parse_shape("sd15-512"), parse_shape(f"sd15-512-cross{PROMPT}"))
 
 
 def rows(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, str]]:
-    """A row for each problem and engine, in the order in which they are asked. Never raises."""
+    """A row for each problem and engine whose package is there, in the order in which they are asked. Never raises."""
     for shape, masked in [*((shape, False) for shape in SHAPES), *((shape, True) for shape in MASKED)]:
         problem = problem_of(shape, device, dtype, masked)
         taken = ""
         with contextlib.suppress(Exception):  # each engine is asked below, and what it raises told
             taken = plan_problem(problem, Settings()).engine
-        for engine in order.engines():
+        for engine in order.usable():
             can, why = answer(engine, problem)
             yield {
                 "call": label(shape, masked),

@@ -15,6 +15,7 @@ from ...engines.base import Sizes
 from ...plan import Plan
 from ...problem import Problem
 from ...settings import CHUNK_MAX, Settings
+from ...trust import tensors
 from .. import meter
 
 Call = tuple[Problem, Plan]
@@ -50,7 +51,7 @@ def measure(problem: Problem, plan: Plan, settings: Settings, device: torch.devi
         kv_chunk=min(plan.kv_chunk, CHUNK_MAX) if splits else 0,
     )
     try:
-        query, key, value = tensors(problem)
+        query, key, value, _ = tensors(problem)
         # Libraries load and caches fill outside the measurement; an accelerator's may prepare for these very sizes.
         first = query[..., :64, :] if device.type == "cpu" else query
         attention(first, key, value, settings=settings)
@@ -62,18 +63,3 @@ def measure(problem: Problem, plan: Plan, settings: Settings, device: torch.devi
     if math.isinf(seconds):  # out of the except block, which holds the tensors that the call had made
         devices.release_cached(device)
     return seconds, max(plan.workspace_bytes, (peak or 0) - problem.output_bytes)
-
-
-def tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random queries, keys and values, tokens before heads in memory as a layer's projections have them."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def random(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        shape = (problem.batch, tokens, problem.heads, width)
-        return torch.randn(shape, generator=generator).to(problem.device, dtype).transpose(1, 2)
-
-    return (
-        random(problem.queries, problem.width, problem.dtype),
-        random(problem.keys, problem.width, problem.dtype),
-        random(problem.keys, problem.value_width, problem.value_dtype),
-    )

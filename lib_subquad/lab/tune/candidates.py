@@ -24,7 +24,7 @@ def candidates(rows: Sequence[Row], settings: Settings) -> Iterator[Settings]:
     most = max((row.problem.queries for row in rows), default=0)
     queries = [size for size in QUERY_CHUNKS if size < most] + [0]
     keys = [size for size in KV_CHUNKS if size < most] + [0]
-    for engine in order.engines():
+    for engine in order.usable():
         if not engine.EXACT or all(engine.why_not(row.problem) for row in rows):
             continue
         if engine.SPLITS_KEYS:

@@ -128,6 +128,7 @@ class Exploration:
             ("too unsteady to tell", unclear),
             ("faster by too little to change", ahead and trial.fits),
             ("over the memory limit", not trial.fits),
+            ("inexact", trial.settings.engine in order.inexact()),
         )
         return [words for words, true in said if true]
 

@@ -132,6 +132,22 @@ class Host:
         """What the web UI holds while it makes an image; to be asked with `acquire(blocking=False)`."""
         return getattr(module("call_queue"), "queue_lock", _NO_QUEUE)
 
+    def data_folder(self) -> Path | None:
+        """Where the web UI keeps what is the user's own; None where it does not tell."""
+        for paths in filter(None, map(module, ("paths", "paths_internal"))):
+            folder = getattr(paths, "data_path", None)
+            if isinstance(folder, str):
+                return Path(folder or getattr(paths, "script_path", ""))  # empty: where the web UI is
+        return None
+
+    def announce(self, text: str | None) -> str | None:
+        """Show a text where the web UI shows how far an image has come; the one that it takes the place of."""
+        state = getattr(shared, "state", None)
+        before = getattr(state, "textinfo", None)
+        if hasattr(state, "textinfo"):
+            state.textinfo = text
+        return before
+
     def interrupted(self) -> bool:
         """Whether the user cut the generation short."""
         state = getattr(shared, "state", None)

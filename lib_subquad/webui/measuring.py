@@ -1,0 +1,162 @@
+"""Before an image of a new size: measure which engine is fastest for it, tell what was found, and keep it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .. import memory
+from ..console import UserError, say
+from ..engines import order
+from ..engines.table import Class, Found, Machine, class_of
+from ..lab.explain.rows import Row
+from ..lab.measured import file, rounds
+from ..plan import goes_by_measurements
+from ..problem import Problem
+from ..settings import Settings
+from . import models, status
+from .hosts import host
+
+# What was measured since this file was read, whether or not anything could be told of it: never again before an image.
+_tried: set[tuple[Machine, Class]] = set()
+_said: set[str] = set()
+
+
+class _Interrupted(Exception):
+    """The user wants this image no more."""
+
+
+def start() -> None:
+    """Go by what the web UI's data folder has. Where there is none, what is measured is known until the web UI ends."""
+    if (path := _path()) is not None:
+        file.load(path)
+        _tried.clear()
+
+
+def before(p) -> None:
+    """At `process`: the request's overrides are in force, its turn has come, and nothing of it is computed yet.
+
+    Measures what is new about its calls, once and for a few seconds. Never raises: no measurement is worth an image.
+    """
+    try:
+        _before(p)
+    except _Interrupted:
+        status.measuring("")  # it is measured before the next image
+    except UserError as error:  # a checkpoint that cannot be read, or a size that nobody can ask about
+        _say_once(f"nothing is measured before this image: {error}")
+    except Exception as error:
+        status.measuring("")
+        _say_once(f"measuring failed, and rules go on to decide: {type(error).__name__}: {error}")
+
+
+def keep(found: Mapping[Class, Found]) -> None:
+    """Go by this from now on, and keep it in the data folder, if anything was found."""
+    if found:
+        file.add(_path(), _machine(), found)
+
+
+def known() -> dict[Class, Found]:
+    """What was measured on this device."""
+    return dict(order.table().machines.get(_machine(), {}))
+
+
+def forget() -> int:
+    """Go by the fixed rules until it is measured anew: how many findings there were."""
+    count = len(known())
+    file.forget(_path(), _machine())
+    _tried.clear()
+    return count
+
+
+def _before(p) -> None:
+    settings = host().settings()
+    if not (host().active and goes_by_measurements(settings)) or host().interrupted():
+        return
+    sizes, machine = _sizes(p), _machine()
+    rows = [row for size in sizes for row in models.question(models.LOADED, *size, p.batch_size).rows()]
+    unknown = rounds.unknown([(row.problem, row.layers) for row in rows], settings)
+    new = [problem for problem in unknown if (machine, class_of(problem)) not in _tried]
+    if new:
+        images = " and ".join(f"{width} x {height}" for width, height in sizes)
+        seconds = rounds.seconds_for(host().device())
+        _tell(f"measuring which engine is fastest for {images}: up to {seconds:.0f} seconds, once")
+        found = _measured(new, settings, seconds)
+        keep(found)
+        _tell(f"measured for {images}: {_in_words(found, len(new), rows)}")
+
+
+def _measured(new: list[Problem], settings: Settings, seconds: float) -> dict[Class, Found]:
+    keys = {(_machine(), class_of(problem)) for problem in new}
+    _tried.update(keys)  # also if it fails: it would before the next image as well
+    before = host().announce(status.generation().measuring)
+    try:
+        return rounds.measured(new, settings, seconds, _go_on)
+    except _Interrupted:
+        _tried.difference_update(keys)
+        raise
+    finally:
+        host().announce(before)
+        memory.forget()  # it was read while there were tensors that are gone now
+
+
+def _go_on(_what: str) -> None:
+    if host().interrupted():
+        raise _Interrupted
+
+
+def _sizes(p) -> list[tuple[int, int]]:
+    """Of the images that a request makes: hires fix makes a second one of the first."""
+    sizes = [(p.width, p.height)]
+    if getattr(p, "enable_hr", False):
+        width, height = p.hr_resize_x, p.hr_resize_y  # 0: by the other one, or by the scale
+        sizes.append(
+            (
+                int(width or height * p.width / p.height or p.width * p.hr_scale),
+                int(height or width * p.height / p.width or p.height * p.hr_scale),
+            )
+        )
+    return list(dict.fromkeys(sizes))
+
+
+def _in_words(found: Mapping[Class, Found], asked: int, rows: Iterable[Row]) -> str:
+    """What is faster than by rules, and in how many of the layers."""
+    layers: Counter[Class] = Counter()
+    for row in rows:
+        layers[class_of(row.problem)] += row.layers
+    faster: dict[str, list[Class]] = defaultdict(list)
+    for calls, it in found.items():
+        if it.margin > 1:
+            tiles = f" in tiles of {it.query_chunk} x {it.kv_chunk}" if it.has_tile else ""
+            faster[it.engine + tiles].append(calls)
+    told = []
+    for how, them in faster.items():
+        least, most = min(found[it].margin for it in them), max(found[it].margin for it in them)
+        times = f"{least:.2f}" if least == most else f"{least:.2f} to {most:.2f}"
+        among = sum(layers[it] for it in them)
+        told.append(f"{how} is {times} times as fast for {among} of {sum(layers.values())} layers")
+    if not told:
+        told.append("nothing is faster than what rules take" if found else "nothing could be told, so rules decide")
+    if 0 < len(found) < asked:
+        told.append(f"there was no time for {asked - len(found)} of {asked} kinds of calls")
+    return "; ".join(told)
+
+
+def _tell(text: str) -> None:
+    say(f"[subquad] {text}")
+    status.measuring(f"{text[0].upper()}{text[1:]}.")
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        say(f"[subquad] {text}")
+
+
+def _path() -> Path | None:
+    folder = host().data_folder()
+    return None if folder is None else folder / file.NAME
+
+
+def _machine() -> Machine:
+    return order.machine(host().device())

@@ -1,0 +1,134 @@
+"""The doctor: which engine each call gets and why, and every switch that would help, with its source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib_subquad import Settings
+from lib_subquad import __main__ as command_line
+from lib_subquad import device as devices
+from lib_subquad.engines import order
+from lib_subquad.lab.survey import doctor, facts, reasons
+from lib_subquad.lab.survey.advice import AOTRITON, Situation, advise
+
+CPU = torch.device("cpu")
+
+# What each family of cards tells, and a word of the one thing that helps it; "" where nothing is known to.
+FAMILIES = {
+    "RX 9060 XT": (Situation("rocm", architecture="gfx1200", torch=(2, 9), unfused=1), AOTRITON),
+    "RX 7900 XTX": (Situation("rocm", architecture="gfx1100", torch=(2, 11), unfused=1), AOTRITON),
+    "RX 7800 XT, torch 2.4": (Situation("rocm", architecture="gfx1101", torch=(2, 4), unfused=1), "torch to 2.5"),
+    "RX 9060 XT, told": (
+        Situation("rocm", architecture="gfx1200", torch=(2, 9), unfused=1, variables={AOTRITON: "1"}),
+        "",
+    ),
+    "RX 9070, fused": (Situation("rocm", architecture="gfx1201", torch=(2, 11)), ""),
+    "RX 6600": (Situation("rocm", architecture="gfx1032", torch=(2, 11), unfused=1), ""),
+    "RX 6600, ZLUDA": (Situation("zluda", name="AMD Radeon RX 6600 [ZLUDA]", unfused=1, switched_off=("flash",)), ""),
+    "RX 6600, DirectML": (Situation("directml", unfused=1), ""),
+    "Apple M2, torch 2.12": (Situation("mps", torch=(2, 12), unfused=1), "torch to 2.13"),
+    "Apple M2, torch 2.13": (Situation("mps", torch=(2, 13), unfused=1), ""),
+    "RTX 4060": (Situation("cuda", name="NVIDIA GeForce RTX 4060", architecture="compute capability 8.9"), ""),
+    "RTX 4060, torch 2.0": (Situation("cuda", torch=(2, 0), unfused=1), "torch to 2.1"),
+    "RTX 4060, switched off": (
+        Situation("cuda", unfused=1, switched_off=("flash", "mem_efficient")),
+        "enable_flash_sdp",
+    ),
+    "RTX 4060, --no-half": (Situation("cuda", name="NVIDIA GeForce RTX 4060", dtype="float32"), "--no-half"),
+    "GTX 1660, --no-half": (Situation("cuda", name="NVIDIA GeForce GTX 1660", dtype="float32"), ""),
+    "RTX 3060, a broken xformers": (Situation("cuda", packages={"xformers": "xformers: no DLL"}), "xformers"),
+    "RTX 3060, blocking": (Situation("cuda", variables={"CUDA_LAUNCH_BLOCKING": "1"}), "CUDA_LAUNCH_BLOCKING"),
+    "RTX 3060, not blocking": (Situation("cuda", variables={"CUDA_LAUNCH_BLOCKING": "0"}), ""),
+    "RTX 3060, no cache": (
+        Situation("cuda", variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    ),
+    "Arc A750": (Situation("xpu", dtype="float16"), ""),
+    "CPU": (Situation("cpu", dtype="float32", threads=8, cores=15), ""),
+    "CPU, one thread": (Situation("cpu", dtype="float32", threads=1, cores=8), "OMP_NUM_THREADS"),
+    "CPU, torch 2.0": (Situation("cpu", dtype="float32", torch=(2, 0), unfused=1, threads=4, cores=4), "torch to 2.1"),
+    "settings": (Situation("cuda", settings=("the engine is set to portable",)), "set to portable"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_one_switch_that_helps_is_named(family):
+    here, word = FAMILIES[family]
+    found = advise(here)
+    if not word:
+        assert found == []
+        return
+    assert len(found) == 1 and word in found[0].words and found[0].source
+
+
+def test_what_helps_most_comes_first():
+    here = Situation(
+        "rocm",
+        architecture="gfx1101:xnack-",
+        torch=(2, 9),
+        unfused=3,
+        dtype="float32",
+        packages={"xformers": "xformers: no DLL"},
+    )
+    first, second, third = advise(here)
+    assert AOTRITON in first.words and "--no-half" in second.words and "xformers" in third.words
+
+
+def problems():
+    return [reasons.problem_of(reasons.SHAPES[0], CPU, torch.float32)]
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_a_cpu_has_nothing_to_gain(monkeypatch):
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    found = doctor.diagnosis(problems(), Settings())
+    assert found.sentences == [doctor.NOTHING] and found.plans[0].engine == order.names()[0]
+
+
+@pytest.mark.usefixtures("fused_kernel")
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [(Settings(engine="portable"), "the engine is set to portable"), (Settings(kv_chunk=512), "splits 4096 keys")],
+)
+def test_settings_that_keep_a_faster_engine_away(monkeypatch, settings, word):
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    (sentence,) = doctor.diagnosis(problems(), settings).sentences
+    assert word in sentence and sentence.startswith("Your settings") and "(source: " in sentence
+
+
+def test_kernels_that_are_switched_off_are_seen(monkeypatch):
+    assert facts.switched_off() == []
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: False)
+    assert facts.switched_off() == ["flash"]
+
+
+def test_what_a_driver_does_not_tell_is_no_reason_to_fail(monkeypatch):
+    def fail(*given):
+        raise OSError("no driver")
+
+    for name in ("device_name", "driver"):
+        monkeypatch.setattr(doctor.identity, name, fail)
+    monkeypatch.setattr(facts, "architecture", fail)
+    assert doctor.diagnosis(problems(), Settings()).sentences
+    assert doctor.diagnosis([], Settings()).sentences == [doctor.NOTHING]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [("2.13.0+cpu", (2, 13)), ("2.1.2", (2, 1)), ("2.14.0a0+gitabc", (2, 14)), ("2.0", (2, 0)), ("weird", (99, 0))],
+)
+def test_versions(text, version):
+    assert doctor._version(text) == version
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], no_fused="there is none"))
+    monkeypatch.setattr(torch, "__version__", "2.0.1")
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    assert command_line.main(["doctor", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "| SD 1.5 512² 16×4096×40" in told and "there is none" in told and "Update torch to 2.1" in told
