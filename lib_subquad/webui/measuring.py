@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import memory
 from ..console import UserError, say
 from ..engines import order
-from ..engines.table import Class, Found, Machine, class_of
+from ..engines.table import Class, Found, class_of
 from ..lab.explain.rows import Row
 from ..lab.measured import file, rounds
 from ..plan import goes_by_measurements
@@ -18,9 +18,8 @@ from ..settings import Settings
 from . import models, status
 from .hosts import host
 
-# What was measured since this file was read, whether or not anything could be told of it: never again before an image.
-_tried: set[tuple[Machine, Class]] = set()
 _said: set[str] = set()
+_failed = False
 
 
 class _Interrupted(Exception):
@@ -31,7 +30,7 @@ def start() -> None:
     """Go by what the web UI's data folder has. Where there is none, what is measured is known until the web UI ends."""
     if (path := _path()) is not None:
         file.load(path)
-        _tried.clear()
+    _begin_anew()
 
 
 def before(p) -> None:
@@ -40,11 +39,13 @@ def before(p) -> None:
     Measures what is new about its calls, once and for a few seconds. Never raises: no measurement is worth an image.
     """
     try:
-        _before(p)
+        if not _failed:
+            _before(p)
     except _Interrupted:
         status.measuring("")  # it is measured before the next image
     except UserError as error:  # a checkpoint that cannot be read, or a size that nobody can ask about
-        _say_once(f"nothing is measured before this image: {error}")
+        first = str(error).split(". ")[0].rstrip(".")  # what follows is for whoever asked about it on the tab
+        _say_once(f"nothing is measured before an image, and rules decide: {first}")
     except Exception as error:
         status.measuring("")
         _say_once(f"measuring failed, and rules go on to decide: {type(error).__name__}: {error}")
@@ -53,30 +54,35 @@ def before(p) -> None:
 def keep(found: Mapping[Class, Found]) -> None:
     """Go by this from now on, and keep it in the data folder, if anything was found."""
     if found:
-        file.add(_path(), _machine(), found)
+        file.add(_path(), order.machine(host().device()), found)
 
 
 def known() -> dict[Class, Found]:
     """What was measured on this device."""
-    return dict(order.table().machines.get(_machine(), {}))
+    return order.all_found(host().device())
 
 
 def forget() -> int:
     """Go by the fixed rules until it is measured anew: how many findings there were."""
     count = len(known())
-    file.forget(_path(), _machine())
-    _tried.clear()
+    file.forget(_path(), order.machine(host().device()))
+    _begin_anew()
     return count
+
+
+def _begin_anew() -> None:
+    global _failed
+    _failed = False
+    rounds.forget()
 
 
 def _before(p) -> None:
     settings = host().settings()
     if not (host().active and goes_by_measurements(settings)) or host().interrupted():
         return
-    sizes, machine = _sizes(p), _machine()
+    sizes = _sizes(p)
     rows = [row for size in sizes for row in models.question(models.LOADED, *size, p.batch_size).rows()]
-    unknown = rounds.unknown([(row.problem, row.layers) for row in rows], settings)
-    new = [problem for problem in unknown if (machine, class_of(problem)) not in _tried]
+    new = rounds.unknown([(row.problem, row.layers) for row in rows], settings)
     if new:
         images = " and ".join(f"{width} x {height}" for width, height in sizes)
         seconds = rounds.seconds_for(host().device())
@@ -87,13 +93,14 @@ def _before(p) -> None:
 
 
 def _measured(new: list[Problem], settings: Settings, seconds: float) -> dict[Class, Found]:
-    keys = {(_machine(), class_of(problem)) for problem in new}
-    _tried.update(keys)  # also if it fails: it would before the next image as well
+    global _failed
     before = host().announce(status.generation().measuring)
     try:
         return rounds.measured(new, settings, seconds, _go_on)
     except _Interrupted:
-        _tried.difference_update(keys)
+        raise
+    except Exception:
+        _failed = True  # it would fail, and take its time, before the next image too
         raise
     finally:
         host().announce(before)
@@ -127,7 +134,7 @@ def _in_words(found: Mapping[Class, Found], asked: int, rows: Iterable[Row]) -> 
     faster: dict[str, list[Class]] = defaultdict(list)
     for calls, it in found.items():
         if it.margin > 1:
-            tiles = f" in tiles of {it.query_chunk} x {it.kv_chunk}" if it.has_tile else ""
+            tiles = f" in tiles of {it.query_chunk or 'auto'} x {it.kv_chunk or 'auto'}" if it.has_tile else ""
             faster[it.engine + tiles].append(calls)
     told = []
     for how, them in faster.items():
@@ -156,7 +163,3 @@ def _say_once(text: str) -> None:
 def _path() -> Path | None:
     folder = host().data_folder()
     return None if folder is None else folder / file.NAME
-
-
-def _machine() -> Machine:
-    return order.machine(host().device())

@@ -78,6 +78,19 @@ def test_reload_and_images_go_on(loaded, capsys):
     assert "Error" not in capsys.readouterr().err
 
 
+def test_a_web_ui_that_does_not_show_its_model_measures_nothing(loaded, monkeypatch, capsys):
+    from lib_subquad.webui import measuring
+    from lib_subquad.webui.hosts import host
+
+    monkeypatch.setattr(type(host()), "active", True)
+    for _ in range(2):
+        measuring.before(SimpleNamespace(width=512, height=512, batch_size=1))
+    assert capsys.readouterr().out.splitlines() == [
+        "[subquad] nothing is measured before an image, and rules decide: "
+        "This web UI does not show the loaded checkpoint"
+    ]
+
+
 def test_it_says_that_it_is_not_active_and_why(loaded):
     from lib_subquad.webui.laboratory import LABORATORY
 

@@ -14,7 +14,8 @@ from lib_subquad.engines import order
 from lib_subquad.engines.table import Found, class_of
 from lib_subquad.lab.measured import file, rounds
 
-FASTER = Found("portable", 16, 32, 1.5)
+FASTER = Found("portable", 64, 128, 1.5)
+pytestmark = pytest.mark.usefixtures("one_thread")
 PARAMETERS = {"prompt": "a cat", "seed": 1, "width": 64, "height": 64, "steps": 1}
 
 
@@ -32,7 +33,10 @@ def measured(loaded, monkeypatch):
         seen.times.append(problems)
         telling("64 x 64 tokens")
         seen.happens()
-        return {class_of(problem): seen.answer for problem in problems if seen.answer}
+        if seen.answer is None:
+            rounds._tried.update((order.machine(problem.device), class_of(problem)) for problem in problems)
+            return {}
+        return {class_of(problem): seen.answer for problem in problems}
 
     monkeypatch.setattr(rounds, "measured", measure)
     loaded.select("subquad")
@@ -80,14 +84,14 @@ def test_what_was_found_is_told_and_used(measured, loaded, capsys):
     generate()
     (found,) = [line for line in lines(capsys) if "measured for" in line]
     assert re.fullmatch(
-        r"\[subquad\] measured for 64 x 64: portable in tiles of 16 x 32 is 1\.50 times as fast for \d+ of 21 layers"
+        r"\[subquad\] measured for 64 x 64: portable in tiles of 64 x 128 is 1\.50 times as fast for \d+ of 21 layers"
         r"(; .*)?",
         found,
     )
     assert found.removeprefix("[subquad] m") in loaded.status.summary()
     from lib_subquad.webui.laboratory import LABORATORY
 
-    assert "portable in tiles of 16 x 32 is 1.50 times as fast" in LABORATORY.status()
+    assert "portable in tiles of 64 x 128 is 1.50 times as fast" in LABORATORY.status()
     assert loaded.status.generation().measured == {FASTER}
     generate()
     assert "measured for" not in loaded.status.summary()  # that was before another image
@@ -189,13 +193,13 @@ def test_a_checkpoint_that_cannot_be_read_costs_a_line(measured, loaded, monkeyp
     from lib_subquad.webui import models
 
     def unreadable(*_):
-        raise CheckpointError("model.safetensors: it ends too early")
+        raise CheckpointError("model.safetensors: it ends too early. Choose another one.")
 
     monkeypatch.setattr(models, "from_shapes", unreadable)
     for _ in range(3):
         assert generate().image.size == (64, 64)
     assert [line for line in lines(capsys) if "nothing is measured" in line] == [
-        "[subquad] nothing is measured before this image: model.safetensors: it ends too early"
+        "[subquad] nothing is measured before an image, and rules decide: model.safetensors: it ends too early"
     ]
 
 
@@ -248,7 +252,7 @@ def interrupting(state, button, beneath):
 
 def test_the_infotext_tells_the_engine(measured, loaded):
     made = generate()
-    assert re.search(r", Subquad measured: portable 16x32$", made.infotext)
+    assert re.search(r", Subquad measured: portable 64x128$", made.infotext)
     assert "Subquad measured" not in generate(override_settings={"subquad_engine": "fused"}).infotext
     assert generate().infotext == made.infotext  # found already
 
@@ -284,7 +288,7 @@ def test_it_is_kept_in_the_data_folder_over_a_reload(data_folder, measured, load
     generate()
     text = (data_folder / file.NAME).read_text(encoding="utf-8")
     assert json.loads(text)["machines"] and "Jane Doe" not in text and str(data_folder.parent) not in text
-    assert [path.name for path in data_folder.iterdir()] == [file.NAME]
+    assert {path.name for path in data_folder.iterdir()} <= {file.NAME, f"{file.NAME}.lock"}
     found = order.table()
     order.go_by(type(found)())
     host.reload_extension()
@@ -375,4 +379,4 @@ def test_one_true_measurement(loaded, data_folder, monkeypatch):
         assert found.engine in order.names() and found.margin >= 1
         assert calls.dtype == "float32"
     assert file.read(data_folder / file.NAME) == order.table()
-    assert all(key in measuring._tried for key in ((order.machine(torch.device("cpu")), calls) for calls in known))
+    assert generate(width=256, height=256).infotext == made.infotext
