@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
+from torch.torch_version import TorchVersion
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -31,7 +32,12 @@ class Rules:
     `masks_in_rows`: fused kernels read a mask only with its keys side by side. `cudnn`: PyTorch may take cuDNN's, whose
     rows that may attend to nothing are not zeros. `widest_in_registers`: of half-precision values wider than this a
     fused kernel keeps the results in float32 as well. `most_entries`: so many of a batch, or heads, fused kernels take.
-    `packages`: xformers, flash-attn and SageAttention are built for such devices.
+    `packages`: xformers, flash-attn and SageAttention are built for such devices. `pads`: columns of zeros up to a
+    width of the fused kernel's are taken to cost less than going without it.
+
+    `no_fused` says why the device has no fused kernel. From the torch of `fused_from` on it has one all the same, of
+    which PyTorch does not tell: for heads, and values, of `fused_widths`, without gradients unless `fused_gradients`,
+    of at least `fewest_queries`, and unless the environment variable `fused_off` is set.
     """
 
     no_fused: str = ""
@@ -49,6 +55,12 @@ class Rules:
     widest_in_registers: int | None = None
     most_entries: int | None = None
     packages: bool = False
+    pads: bool = True
+    fused_from: str = ""
+    fused_widths: tuple[int, ...] = ()
+    fused_gradients: bool = True
+    fewest_queries: int = 1
+    fused_off: str = ""
 
     @property
     def keeps_scores(self) -> bool:
@@ -67,6 +79,9 @@ RULES = {
         lazy_maximum=True,
         threads_share=True,
         masks_in_rows=False,  # PyTorch PR #158424 asks for them everywhere else
+        # The portable engine's time against it, heads x tokens, width/value width, two busy cores, torch 2.13: 1.04
+        # times at 16 x 4096, 64/40; 1.40 and 1.33 at 1 x 4096, 512/256 and 256/512; 1.60 at 8 x 2048, 160/32.
+        pads=False,
     ),
     # Tiles on accelerators: large enough that launching a kernel (about 10 us) is lost beside computing one, small
     # enough to fit a 4 GB card. Measured on an H100 only, where launching weighs most: 16 MiB takes 1.2-1.85 times as
@@ -84,12 +99,20 @@ RULES = {
     # Larger tensors are silently corrupted or abort: ComfyUI #14837, #14838, PyTorch #149261. Operands must be
     # contiguous: web UI PR #10201. SDPA there materialises the scores and loses half-precision accuracy beyond some
     # 3,000 tokens: PyTorch PR #190791. A fixed modest budget beats a share of free memory: web UI PR #12526.
+    # From torch 2.13 on there is a fused kernel, forward only, for these widths and more than 8 queries: PyTorch
+    # PR #181575; its tiles are in the wheel's ATen/native/mps/kernels/PrefillAttention.h. _fused_sdp_choice does not
+    # know of it: PyTorch PR #184585. The variable is named in ATen/native/mps/operations/Attention.mm.
     "mps": Rules(
         no_fused="on Apple Silicon PyTorch's attention keeps all scores in memory and is inexact beyond 3,000 tokens",
         largest_elements=(1 << 30) - 1,
         largest_bytes=4 * GIB,
         contiguous=True,
         float64=False,
+        fused_from="2.13",
+        fused_widths=(32, 64, 72, 80, 96, 128, 256),
+        fused_gradients=False,
+        fewest_queries=9,
+        fused_off="PYTORCH_MPS_DISABLE_PREFILL_ATTENTION",
     ),
     # Older Arc drivers refuse any block over 4 GiB: web UI PR #14353.
     "xpu": Rules(largest_bytes=4 * GIB),
@@ -121,6 +144,21 @@ def _cuda_kind(index: int | None) -> str:
 
 def rules(device: torch.device) -> Rules:
     return RULES[kind(device)]
+
+
+def fused_widths(device: torch.device) -> tuple[int, ...]:
+    """The widths of the fused kernels that a device has by rule; none where PyTorch itself is to be asked, or there are
+    none at all."""
+    its = rules(device)
+    if not its.fused_widths or os.environ.get(its.fused_off, "0") != "0":
+        return ()
+    return its.fused_widths if _is_as_new(str(torch.__version__), its.fused_from) else ()
+
+
+@cache
+def _is_as_new(version: str, wanted: str) -> bool:
+    """Not so what was built on the way to the version that is wanted."""
+    return TorchVersion(version) >= TorchVersion(wanted)
 
 
 def switches() -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ import torch
 from . import device as devices
 from . import memory, refusals, trust
 from .engines import order
-from .engines.base import Engine, Sizes
+from .engines.base import Engine, Sizes, is_unasked
 from .engines.table import Found
 from .problem import Problem, as_count, checked_shape
 from .settings import Settings, check_settings, shown
@@ -149,7 +149,7 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
             reasons = [f"the {engine.NAME} kernel does not fit the memory limit"]
         if not reasons:
             break
-        passed_over += reasons
+        passed_over += [reason for reason in reasons if reason not in passed_over]
     taken = found is not None and found.engine == made.engine
     return replace(made, measured=found if taken else None), passed_over
 
@@ -170,7 +170,8 @@ def goes_by_measurements(settings: Settings) -> bool:
 def candidates(problem: Problem, settings: Settings) -> tuple[Engine, ...]:
     """The engines to be asked in turn."""
     found = measured(problem, settings)
-    return order.candidates(settings.engine if found is None else found.engine)
+    wanted = settings.engine if found is None else found.engine
+    return tuple(engine for engine in order.candidates(wanted) if engine.NAME == wanted or is_unasked(engine, problem))
 
 
 def why_not(engine: Engine, problem: Problem, settings: Settings) -> list[str]:

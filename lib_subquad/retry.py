@@ -229,10 +229,10 @@ def next_engine(problem: Problem, plan: Plan, settings: Settings, backward: bool
     """The plan with the exact engine after its own, by what the user wants, that can do the problem; in the backward
     pass with one that recomputes gradients. None where there is none."""
     engines, current = candidates(problem, settings), order.named(plan.engine)
-    if not (backward and current.DIFFERENTIABLE):
+    if current in engines and not (backward and current.DIFFERENTIABLE):  # where it was measured it may be no more
         engines = engines[engines.index(current) + 1 :]
     for engine in engines:
-        if backward and engine.DIFFERENTIABLE:
+        if engine is current or backward and engine.DIFFERENTIABLE:
             continue
         if engine.EXACT and not (engine.why_not(problem) if backward else why_it_cannot(engine, problem)):
             return with_sizes(problem, plan, engine, engine.taking_over(problem, plan.sizes))

@@ -113,8 +113,9 @@ OPTIONS: dict[str, Option] = {
     "engine": Option(
         "automatic",
         "Engine",
-        "automatic takes the first exact one that can: PyTorch's fused kernel, those of xformers and flash-attn where "
-        "they are installed, and portable, which runs everywhere and never needs more memory than its chunks. sage "
+        "automatic takes the first exact one that can: PyTorch's fused kernel, if need be for heads padded with zeros, "
+        "cuDNN's, those of xformers and flash-attn where they are installed, and portable, which runs everywhere and "
+        "never needs more memory than its chunks. Another one comes first where it was measured to be faster. sage "
         "(SageAttention, if installed) is inexact: images change, so it is taken only if you set it.",
         choices=("automatic",),  # and the engines, which register themselves
     ),

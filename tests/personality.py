@@ -7,7 +7,7 @@ The facts stand here a second time, apart from `lib_subquad.device.RULES`: a rul
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,10 +33,13 @@ class Forbidden:
     strided_operands: bool = False
     beta_of_zero: bool = False
     fused: bool = False
+    fused_widths: tuple[int, ...] = ()  # but where it has a fused kernel, forward only and for more than 8 queries
 
 
+APPLES = Forbidden(8191, 32768, float64=True, strided_operands=True, beta_of_zero=True, fused=True)
 FORBIDDEN = {
-    "mps": Forbidden(8191, 32768, float64=True, strided_operands=True, beta_of_zero=True, fused=True),
+    "mps 2.12": APPLES,  # with the version of torch
+    "mps 2.13": replace(APPLES, fused_widths=(32, 64, 72, 80, 96, 128, 256)),
     "xpu": Forbidden(bytes=32768),
     "directml": Forbidden(float64=True, fused=True),
 }
@@ -69,7 +72,7 @@ class Personality(TorchDispatchMode):
         if self.forbidden.float64 and any(tensor.dtype == torch.float64 for tensor in given):
             self.complaints.append(f"{name}: takes float64")
         if self.forbidden.fused and "scaled_dot_product" in name:
-            self.complaints.append(f"{name}: materialises the scores")
+            self._check_fused(name, args, kwargs)
         if self.forbidden.beta_of_zero and kwargs.get("beta", 1) == 0:
             self.complaints.append(f"{name}: beta is 0")
         if self.forbidden.strided_operands and name in PRODUCTS:
@@ -77,6 +80,17 @@ class Personality(TorchDispatchMode):
             for tensor in tensors_in(operands):
                 if not tensor.is_contiguous() and not tensor.transpose(-2, -1).is_contiguous():
                     self.complaints.append(f"{name}: operand {list(tensor.shape)} has strides {tensor.stride()}")
+
+    def _check_fused(self, name: str, args: tuple, kwargs: dict) -> None:
+        """What makes `_scaled_dot_product_attention_math_mps` keep all scores, or PyTorch not even ask it."""
+        query, key, value = args[:3]
+        width, mask = query.shape[-1], kwargs.get("attn_mask")
+        kept = width not in self.forbidden.fused_widths or value.shape[-1] != width or query.shape[-2] <= 8
+        kept |= mask is not None and mask.dtype not in (torch.bool, query.dtype)
+        if kept or any(tensor.requires_grad for tensor in (query, key, value)):
+            self.complaints.append(f"{name}: materialises the scores")
+        elif not all(tensor.is_contiguous() for tensor in (query, key, value)):
+            self.complaints.append(f"{name}: strides of tensors that are not contiguous")
 
     def _check_results(self, name: str, made: list[Tensor]) -> None:
         for tensor in made:

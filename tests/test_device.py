@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import lib_subquad
 from lib_subquad import Settings, attention
 from lib_subquad import device as devices
-from lib_subquad.engines import fused, portable
+from lib_subquad.engines import fused, padded, portable
 from lib_subquad.problem import Problem
 from tests.personality import FORBIDDEN, Personality
 
@@ -25,15 +25,18 @@ HUGE_CHUNKS = {"query_chunk": 16384, "kv_chunk": 16384}
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """`pretend("mps", **dropped)`: the CPU passes for that device, whose caps are the personality's; `dropped` replaces
-    rules."""
+    """`pretend("mps 2.12", **dropped)`: the CPU passes for that device with such a torch, whose caps are the
+    personality's; `dropped` replaces rules."""
 
     def as_device(kind: str, **dropped) -> Personality:
+        personality = Personality(kind)
         caps = {"largest_elements": FORBIDDEN[kind].elements, "largest_bytes": FORBIDDEN[kind].bytes}
+        kind, _, version = kind.partition(" ")
         monkeypatch.setitem(devices.RULES, kind, replace(devices.RULES[kind], **{**caps, **dropped}))
         monkeypatch.setattr(devices, "kind", lambda device: kind)
+        monkeypatch.setattr(torch, "__version__", version or torch.__version__)
         lib_subquad.forget()
-        return Personality(kind)
+        return personality
 
     return as_device
 
@@ -86,7 +89,7 @@ def test_nor_while_training(kind, checkpointing, pretend):
     settings = {"engine": "portable", "checkpointing": checkpointing, **HUGE_CHUNKS}
     for name, mask in masks().items():
         assert not call(pretend(kind), grad=True, mask=mask, **settings), name
-    if kind == "mps":  # with no cap, a group has several heads, whose strides are another matter
+    if kind.startswith("mps"):  # with no cap, a group has several heads, whose strides are another matter
         personality = pretend(kind, largest_elements=None, largest_bytes=1 << 40)
         call(personality, grad=True, **settings)
         assert not [words for words in personality.complaints if "strides" in words]
@@ -95,10 +98,10 @@ def test_nor_while_training(kind, checkpointing, pretend):
 @pytest.mark.parametrize(
     "kind, dropped, complaint",
     [
-        ("mps", {"no_fused": ""}, "materialises the scores"),
-        ("mps", {"largest_elements": None, "largest_bytes": 1 << 40}, "too many elements"),
-        ("mps", {"largest_bytes": None, "largest_elements": None}, "too many bytes"),
-        ("mps", {"contiguous": False}, "strides"),
+        ("mps 2.12", {"no_fused": ""}, "materialises the scores"),
+        ("mps 2.12", {"largest_elements": None, "largest_bytes": 1 << 40}, "too many elements"),
+        ("mps 2.12", {"largest_bytes": None, "largest_elements": None}, "too many bytes"),
+        ("mps 2.12", {"contiguous": False}, "strides"),
         ("xpu", {"largest_bytes": None}, "too many bytes"),
         ("directml", {"no_fused": ""}, "materialises the scores"),
     ],
@@ -112,7 +115,103 @@ def test_a_dropped_rule_is_noticed(kind, dropped, complaint, pretend, request):
     assert any(complaint in words for words in complaints)
 
 
-@pytest.mark.parametrize("kind", ["mps", "xpu"])
+# ------------------------------------------------------------------------ Apple's fused kernel, and its padded copies
+
+
+def small(width, value_width=None, queries=40, grad=False):
+    """Tensors that a width of 64 still leaves below the caps; tokens before heads in memory."""
+    torch.manual_seed(0)
+    sizes = ((queries, width), (50, width), (50, value_width or width))
+    return [torch.randn(1, tokens, 2, its).transpose(1, 2).requires_grad_(grad) for tokens, its in sizes]
+
+
+def small_call(personality, reference, tensors, mask=None, **settings):
+    """The plan of a call whose result is right; watched by `personality`."""
+    plans = []
+    with personality:
+        output = attention(*tensors, mask=mask, settings=Settings(**settings), report=plans.append)
+    torch.testing.assert_close(output.double(), reference(*tensors, mask), atol=1e-5, rtol=0)
+    return plans[0]
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"query_chunk": 16}, {"query_chunk": 6}], ids=str)
+@pytest.mark.parametrize(
+    "width, value_width, engine",
+    [(64, 64, "fused"), (72, 72, "fused"), (40, 40, "padded"), (64, 40, "padded"), (24, 30, "padded")],
+)
+@pytest.mark.usefixtures("fused_kernel")
+def test_apples_fused_kernel_and_heads_that_are_padded_for_it(
+    pretend, reference, width, value_width, engine, settings, mask
+):
+    """Contiguous, in the chunks that its kernel takes, and within the caps."""
+    tensors = small(width, value_width)
+    seen = torch.rand(1, 1, 40, 50) > 0.4
+    seen[..., 3, :] = False
+    given = None if mask is None else seen if mask == torch.bool else torch.zeros(seen.shape, dtype=mask)
+    personality = pretend("mps 2.13")
+    made = small_call(personality, reference, tensors, given, **settings)
+    assert made.engine == engine and not personality.complaints
+    old = pretend("mps 2.12")
+    assert small_call(old, reference, tensors, given, **settings).engine == "portable" and not old.complaints
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "never"}], ids=str)
+@pytest.mark.parametrize("width", [32, 40])
+def test_apples_fused_kernel_gives_no_gradients(pretend, reference, width, settings):
+    personality = pretend("mps 2.13")
+    tensors = small(width, grad=True)
+    with personality:
+        plans = []
+        attention(*tensors, settings=Settings(**settings), report=plans.append).sum().backward()
+    assert plans[0].engine == "portable" and "gives no gradients" in str(plans[0].reasons)
+    assert not personality.complaints
+
+
+@pytest.mark.parametrize("width", [512, 300])
+def test_apples_fused_kernel_is_no_wider(pretend, width):
+    pretend("mps 2.13", largest_elements=None, largest_bytes=1 << 40)
+    problem = Problem.from_shapes(*[(1, 1, 64, width)] * 3, torch.float16, CPU)
+    assert padded.why_not(problem) == fused.why_not(problem) != []
+
+
+def test_a_user_may_switch_apples_kernel_off(pretend, monkeypatch):
+    pretend("mps 2.13")
+    problem = Problem.from_shapes(*[(1, 1, 64, 64)] * 3, torch.float16, CPU)
+    assert not fused.why_not(problem)
+    monkeypatch.setenv("PYTORCH_MPS_DISABLE_PREFILL_ATTENTION", "1")
+    assert "keeps all scores" in fused.why_not(problem)[0]
+
+
+@pytest.mark.usefixtures("fused_kernel")
+@pytest.mark.parametrize(
+    "dropped, settings, complaint",
+    [
+        ({"fused_widths": (40,)}, {}, "materialises"),
+        ({"fewest_queries": 1}, {"query_chunk": 6}, "materialises"),
+        ({"contiguous": False}, {}, "strides"),
+        ({"largest_elements": None, "largest_bytes": 1 << 40}, {}, "too many elements"),
+    ],
+)
+def test_a_dropped_rule_of_apples_kernel_is_noticed(pretend, reference, dropped, settings, complaint):
+    wide = "largest_elements" in dropped
+    width = 40 if "fused_widths" in dropped else 128 if wide else 64
+    personality = pretend("mps 2.13", **dropped)
+    small_call(personality, reference, small(width, width - 1 if wide else width), **settings)
+    assert any(complaint in words for words in personality.complaints)
+
+
+def test_copies_that_are_larger_than_the_device_can_hold(pretend):
+    """Those of the true width it could: 2^30 elements are 8 x 2^21 x 64."""
+    pretend("mps 2.13", largest_elements=(1 << 30) - 1, largest_bytes=4 << 30)
+    query, keys = (1, 8, 4096, 40), (1, 8, 1 << 21, 40)
+    problem = Problem.from_shapes(query, keys, keys, torch.float16, CPU)
+    assert padded.why_not(problem) == fused.why_not(problem) != []
+    fewer = (1, 8, (1 << 21) - 1, 40)
+    assert not padded.why_not(Problem.from_shapes(query, fewer, fewer, torch.float16, CPU))
+
+
+@pytest.mark.parametrize("kind", ["mps 2.12", "xpu"])
 def test_kept_scores_would_be_noticed(kind, pretend, monkeypatch):
     monkeypatch.setattr(devices.Rules, "keeps_scores", True)
     complaints = call(pretend(kind), grad=True, engine="portable", checkpointing="never", **HUGE_CHUNKS)
@@ -121,7 +220,7 @@ def test_kept_scores_would_be_noticed(kind, pretend, monkeypatch):
 
 @pytest.mark.parametrize("operator", ["baddbmm", "float64"])
 def test_the_personality_sees_what_no_rule_switches(operator):
-    personality = Personality("mps")
+    personality = Personality("mps 2.12")
     with personality:
         if operator == "baddbmm":
             torch.baddbmm(torch.empty(1, 2, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 2), beta=0)
@@ -134,7 +233,7 @@ def test_the_personality_sees_what_no_rule_switches(operator):
 def test_keys_are_split_when_one_row_is_too_large(caps, pretend):
     plans = []
     query, key, value = (torch.randn(1, tokens, 4) for tokens in (3, 20000, 20000))
-    personality = pretend("mps", largest_elements=caps["elements"], largest_bytes=caps["bytes"])
+    personality = pretend("mps 2.12", largest_elements=caps["elements"], largest_bytes=caps["bytes"])
     personality.forbidden = replace(personality.forbidden, **caps)
     with personality:
         output = attention(query, key, value, settings=Settings(**HUGE_CHUNKS), report=plans.append)
@@ -143,7 +242,7 @@ def test_keys_are_split_when_one_row_is_too_large(caps, pretend):
     assert torch.allclose(output, F.scaled_dot_product_attention(query, key, value), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mps", "directml"])
+@pytest.mark.parametrize("kind", ["mps 2.12", "directml"])
 def test_float64_is_refused_in_words_where_there_is_none(kind, pretend):
     problem = Problem.from_shapes((1, 4, 8), (1, 4, 8), (1, 4, 8), torch.float64, CPU)
     pretend(kind)
@@ -187,7 +286,17 @@ def test_every_rule_cites_its_source():
         node for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "RULES"
     )
     text = "\n".join(source.splitlines()[table.lineno - 1 : table.end_lineno])
-    for cited in ("ComfyUI #14837", "PyTorch #149261", "PR #10201", "PR #12526", "PR #190791", "PR #14353", "#414"):
+    for cited in (
+        "ComfyUI #14837",
+        "PyTorch #149261",
+        "PR #10201",
+        "PR #181575",
+        "PR #184585",
+        "PR #12526",
+        "PR #190791",
+        "PR #14353",
+        "#414",
+    ):
         assert cited in text
 
 

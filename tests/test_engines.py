@@ -468,8 +468,12 @@ def test_words_for_the_user_may_name_engines():
     assert not names_of_engines(f"'''{order.names()[0]} is fastest; {order.names()[-1]} runs everywhere'''")
 
 
-# The web UIs' own optimizations of these names, and what a report says is installed.
-OTHERS = {"webui/hosts/base.py": {"xformers", "sage"}, "lab/survey/facts.py": {"xformers", "flash-attn"}}
+# The web UIs' own optimizations of these names; what a report says is installed and switched on, and a device has.
+OTHERS = {
+    "webui/hosts/base.py": {"xformers", "sage"},
+    "lab/survey/facts.py": {"xformers", "flash-attn", "cudnn"},
+    "device.py": {"cudnn"},
+}
 
 
 def test_no_engine_is_named_outside():

@@ -44,7 +44,8 @@ def two_threads():
 def on(monkeypatch):
     """on(kind): the CPU takes on the personality of another kind of device."""
 
-    def become(kind, **rules):
+    def become(kind, torch_version="2.12.0", **rules):
+        monkeypatch.setattr(torch, "__version__", torch_version)
         monkeypatch.setattr(devices, "kind", lambda device: kind)
         monkeypatch.setitem(devices.RULES, kind, dataclasses.replace(devices.RULES[kind], **rules))
 

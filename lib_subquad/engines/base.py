@@ -1,8 +1,9 @@
 """What an engine is, and what engines share.
 
 An engine is a module, or any object, with the names of `Engine`, where it is not DIFFERENTIABLE with that of
-`RecomputingEngine`, and where a package brings its kernels with that of `PackagedEngine`. To add one, write it and put
-it into `order`, or `order.register` it while a program runs.
+`RecomputingEngine`, where a package brings its kernels with that of `PackagedEngine`, and where it is not always to be
+taken unasked with that of `ReservedEngine`. To add one, write it and put it into `order`, or `order.register` it while
+a program runs.
 tests/test_engines.py has a whole one, small.
 """
 
@@ -131,6 +132,14 @@ class PackagedEngine(Engine, Protocol):
         """Whether the package is there; imports nothing."""
 
 
+class ReservedEngine(Engine, Protocol):
+    """One that is not taken unasked for every problem that it can do: those who name it, or a measurement, still do.
+    Of others it is then not spoken."""
+
+    def unasked(self, problem: Problem) -> bool:
+        """Whether the fixed order has it for this problem's device."""
+
+
 class UselessResult(RuntimeError):
     """Raised by `attend` where a result is of no use, such as NaN, though nothing that was given is to blame: the next
     exact engine does this call, and nothing is held against the engine for the calls that follow."""
@@ -141,7 +150,12 @@ def is_installed(engine: Engine) -> bool:
     return bool(getattr(engine, "installed", _always)())
 
 
-def _always() -> bool:
+def is_unasked(engine: Engine, problem: Problem) -> bool:
+    """Whether the fixed order has the engine for such a problem."""
+    return bool(getattr(engine, "unasked", _always)(problem))
+
+
+def _always(*problem: Problem) -> bool:
     return True
 
 
@@ -163,8 +177,7 @@ def check_engine(engine: Any) -> None:
     of_all, of_some = (_functions(kind) for kind in (Engine, RecomputingEngine))
     needed = of_all if getattr(engine, "DIFFERENTIABLE", False) is True else of_all + of_some
     lacks += [f"{name}()" for name in needed if not callable(getattr(engine, name, None))]
-    if not callable(getattr(engine, "installed", _always)):
-        lacks.append("installed()")
+    lacks += [f"{name}()" for name in ("installed", "unasked") if not callable(getattr(engine, name, _always))]
     if lacks:
         called = shown(getattr(engine, "NAME", engine))
         raise ValueError(f"the engine {called} lacks {', '.join(lacks)}; engines/base.py says what each is")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ SPLITS_KEYS = False
 DIFFERENTIABLE = True
 WHY = "PyTorch has a fused kernel for these sizes"
 
+TOO_LARGE = "even the smallest chunks exceed the largest tensor this device can hold"
+
 # torch.nn.attention.SDPBackend
 MATH_KERNEL = 0  # keeps all scores in memory
 CUDNN_KERNEL = 3
@@ -46,8 +49,14 @@ CPU_KEY_SPLIT = 512
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = _never(problem.device, problem.mask is not None)
-    if devices.rules(problem.device).no_fused or not TAKES_SCALE:
+    return why_no_kernel(problem) or _why_not_this_one(problem)
+
+
+def why_no_kernel(problem: Problem) -> list[str]:
+    """Every reason that holds for all fused kernels of PyTorch's, whichever of them it would take."""
+    no_fused = _no_fused(problem.device)
+    reasons = [*no_fused, *_never(problem.mask is not None)]
+    if no_fused or not TAKES_SCALE:
         return reasons
     if problem.mask_grad:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
@@ -57,21 +66,43 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append(f"torch {torch.__version__}: scores past 65,504 would be NaN in float16")
     if would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
+    if _too_large(problem, min(problem.queries, whole.SMALLEST_QUERY_CHUNK)):
+        reasons.append(f"{TOO_LARGE} in the fused kernel")
+    return reasons
+
+
+def _why_not_this_one(problem: Problem) -> list[str]:
+    if widths := devices.fused_widths(problem.device):
+        return _by_rule(problem, widths)
     try:
-        return reasons or list(_kernel_reasons(problem, devices.switches()))
+        return list(_kernel_reasons(problem, devices.switches()))
     except Exception as error:  # a private operator: whatever it says, the portable engine can go on
         if devices.is_out_of_memory(error):
             memory.forget()  # so that it is asked again at the next call
         return [f"PyTorch does not say whether it has a fused kernel ({type(error).__name__})"]
 
 
+def _by_rule(problem: Problem, widths: tuple[int, ...]) -> list[str]:
+    fits = problem.width == problem.value_width and problem.width in widths
+    reasons = [] if fits else [_no_kernel_for(problem)]
+    if problem.grad and not devices.rules(problem.device).fused_gradients:
+        reasons.append(f"PyTorch's fused kernel on {problem.device.type} gives no gradients")
+    return reasons
+
+
 def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
-    return _never(device, mask is not None)
+    no_fused = devices.rules(device).no_fused  # with widths that are not known here it may hold
+    return [*([no_fused] if no_fused else []), *_never(mask is not None)]
 
 
-def _never(device: torch.device, masked: bool) -> list[str]:
-    """Why this device and this PyTorch do not do it, whatever the sizes."""
-    reasons = [devices.rules(device).no_fused] if devices.rules(device).no_fused else []
+def _no_fused(device: torch.device) -> list[str]:
+    no_fused = devices.rules(device).no_fused
+    return [no_fused] if no_fused and not devices.fused_widths(device) else []
+
+
+def _never(masked: bool) -> list[str]:
+    """Why this PyTorch does not do it, whatever the sizes."""
+    reasons = []
     if not TAKES_SCALE:
         reasons.append(f"torch {torch.__version__}: scaled_dot_product_attention has no scale argument before 2.1")
     if masked and not MASKS_ARE_RIGHT:
@@ -80,23 +111,58 @@ def _never(device: torch.device, masked: bool) -> list[str]:
 
 
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
-    return whole.fitting(workspace_bytes, problem, settings, limit)
+    return whole.fitting(bounded(workspace_bytes, _too_large), problem, settings, limit)
+
+
+def bounded(
+    workspace_bytes: Callable[[Problem, Sizes], int], too_large: Callable[[Problem, int], bool]
+) -> Callable[[Problem, Sizes], float]:
+    """The same workspace, but more than any limit where so many queries at a time make too large a tensor."""
+    return lambda problem, sizes: math.inf if too_large(problem, sizes.queries) else workspace_bytes(problem, sizes)
+
+
+def _too_large(problem: Problem, queries: int) -> bool:
+    """Whether one of the tensors that a call makes is larger than the device can hold."""
+    rules, heads = devices.rules(problem.device), problem.batch * problem.heads
+    rows = [queries * problem.width, queries * problem.value_width]
+    if rules.contiguous:
+        rows += [problem.keys * problem.width, problem.keys * problem.value_width]
+    sizes = [heads * numbers for numbers in rows]
+    if problem.mask is not None:
+        batch, mask_heads, mask_rows, keys = _mask_sizes(problem, problem.mask)
+        sizes.append(batch * mask_heads * min(mask_rows, queries) * keys)
+    return too_large(problem, max(sizes))
+
+
+def too_large(problem: Problem, numbers: int) -> bool:
+    """Whether a tensor of so many numbers is larger than the problem's device can hold."""
+    rules = devices.rules(problem.device)
+    most = min(rules.largest_elements or math.inf, (rules.largest_bytes or math.inf) / item_bytes(problem.upcast_dtype))
+    return numbers > most
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
-    if problem.grad:  # in a block that is run twice two numbers a row are kept, and made of a third
-        total += problem.batch * problem.heads * problem.queries * 3 * item_bytes(devices.compute_dtype(problem.dtype))
-    return total
+    total = call_bytes(problem, sizes.queries, lambda queries: attend_bytes(problem, queries))
+    return total + kept_for_gradients(problem)
 
 
-def _attend_bytes(problem: Problem, queries: int) -> int:
+def kept_for_gradients(problem: Problem) -> int:
+    """In a block that is run twice two numbers a row are kept, and made of a third."""
+    rows = problem.batch * problem.heads * problem.queries
+    return 3 * rows * item_bytes(devices.compute_dtype(problem.dtype)) if problem.grad else 0
+
+
+def attend_bytes(problem: Problem, queries: int, ours: tuple[bool, bool] = (False, False)) -> int:
+    """What attending so many queries holds, its result included. `ours`: whether query and key, and whether value, are
+    copies of ours, which lie as kernels want them."""
     item = item_bytes(problem.upcast_dtype)
     heads = problem.batch * problem.heads
+    contiguous = devices.rules(problem.device).contiguous
+    queries = max(queries, devices.rules(problem.device).fewest_queries)
     cast = 0
-    if problem.dtype != problem.upcast_dtype:
+    if problem.dtype != problem.upcast_dtype or contiguous and not ours[0]:
         cast += heads * (queries + problem.keys) * problem.width * item
-    if problem.value_dtype != problem.upcast_dtype:
+    if problem.value_dtype != problem.upcast_dtype or contiguous and not ours[1]:
         cast += heads * problem.keys * problem.value_width * item
     mask = _mask_bytes(problem, queries)
     kernel = heads * queries * max(item, 4)  # the logsumexp
@@ -164,7 +230,10 @@ def _cpu_kernel_bytes(problem: Problem, queries: int) -> int:
 def attend(
     problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, None]:
-    query, key, value = (_as_kernels_want(tensor, problem.upcast_dtype) for tensor in (query, key, value))
+    rules, rows = devices.rules(problem.device), query.shape[2]
+    query, key, value = (
+        _as_kernels_want(tensor, problem.upcast_dtype, rules.contiguous) for tensor in (query, key, value)
+    )
     if 1 in query.stride()[:-1]:
         # The output's dimensions are ordered as the query's strides are, and the CPU's kernel of torch 2.13 writes
         # in the wrong places where heads or tokens are as close together as channels: overlapping tensors.
@@ -172,10 +241,14 @@ def attend(
     nothing = None
     if mask is not None:
         mask = _mask_as_kernels_want(problem, mask)
-        if devices.rules(problem.device).cudnn and _takes_cudnn(query, key, value, mask):
+        if rules.cudnn and _takes_cudnn(query, key, value, mask):
             nothing = rows_of_nothing(mask)
             mask = opened(mask, nothing) if problem.grad else mask
-    output = _in_parts(query, key, value, mask, scale, devices.rules(problem.device).most_entries)
+    if few := rows < rules.fewest_queries:
+        more = (0, 0, 0, rules.fewest_queries - rows)
+        query, mask = F.pad(query, more), F.pad(mask, more) if mask is not None and mask.shape[2] > 1 else mask
+    output = _in_parts(query, key, value, mask, scale, rules.most_entries)
+    output = output[:, :, :rows] if few else output
     if nothing is not None:
         output = output.masked_fill(nothing, 0.0) if problem.grad else output.masked_fill_(nothing, 0.0)
     return output.to(problem.value_dtype), None
@@ -215,9 +288,9 @@ def _makes_nan(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float16 and device.type == "cpu" and not HALF_SCORES_ARE_RIGHT
 
 
-def _as_kernels_want(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_kernels_want(tensor: Tensor, dtype: torch.dtype, contiguous: bool) -> Tensor:
     tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 and not contiguous else tensor.contiguous()
 
 
 def _mask_as_kernels_want(problem: Problem, mask: Tensor) -> Tensor:
@@ -234,7 +307,7 @@ def _mask_as_kernels_want(problem: Problem, mask: Tensor) -> Tensor:
 
 def _takes_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     try:
-        return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0) == CUDNN_KERNEL
+        return choice(query, key, value, mask) == CUDNN_KERNEL
     except Exception:  # private: where it does not say, what is right for that kernel is right for all
         return True
 
@@ -268,29 +341,40 @@ def _half_scores_are_right() -> bool:
 def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
     """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused.
 
-    An exception, such as an out-of-memory, is no answer to remember; nor is what is said of tensors without numbers,
-    which PyTorch makes while a mode of its own is on.
+    An exception, such as an out-of-memory, is no answer to remember.
     """
-    made_here = torch.zeros(0, device="cpu")
-    with contextlib.nullcontext() if type(made_here) is Tensor else _without_modes():
-        choice = _choice(problem)
-    if choice != MATH_KERNEL:
-        return ()
+    return () if asked(problem, choice) != MATH_KERNEL else (_no_kernel_for(problem, switches),)
+
+
+def choice(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> int:
+    return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
+
+
+def _no_kernel_for(problem: Problem, switches: tuple[bool, ...] = (True,)) -> str:
     sizes = f"{str(problem.upcast_dtype).removeprefix('torch.')}, heads {problem.width} wide"
     if problem.width != problem.value_width:
         sizes += f" with values {problem.value_width} wide"
-    return (f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem, switches)}",)
+    return f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem, switches)}"
 
 
-def _choice(problem: Problem) -> int:
-    query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
-    value = _probe(problem, problem.keys, problem.value_width)
-    mask = None
-    if problem.mask is not None:
-        sizes = _mask_sizes(problem, problem.mask)
-        row = torch.zeros(sizes[-1], dtype=_mask_dtype(problem), device=problem.device)
-        mask = row.as_strided(sizes, (0, 0, 0, 1))
-    return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
+Answer = TypeVar("Answer")
+
+
+def asked(problem: Problem, question: Callable[[Tensor, Tensor, Tensor, Tensor | None], Answer]) -> Answer:
+    """What PyTorch answers to a question about query, key, value and mask of these sizes, and of next to no memory.
+
+    Asked of tensors with numbers: of those which PyTorch makes while a mode of its own is on, no answer holds later.
+    """
+    made_here = torch.zeros(0, device="cpu")
+    with contextlib.nullcontext() if type(made_here) is Tensor else _without_modes():
+        query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
+        value = _probe(problem, problem.keys, problem.value_width)
+        mask = None
+        if problem.mask is not None:
+            sizes = _mask_sizes(problem, problem.mask)
+            row = torch.zeros(sizes[-1], dtype=_mask_dtype(problem), device=problem.device)
+            mask = row.as_strided(sizes, (0, 0, 0, 1))
+        return question(query, key, value, mask)
 
 
 def _conditions(problem: Problem, switches: tuple[bool, ...]) -> str:

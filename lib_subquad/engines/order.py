@@ -12,7 +12,7 @@ import torch
 
 from .. import identity, settings
 from ..problem import Problem
-from . import flash_attn, fused, portable, sage, xformers
+from . import cudnn, flash_attn, fused, padded, portable, sage, xformers
 from .base import Engine, check_engine, is_installed
 from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
@@ -198,7 +198,8 @@ def usable() -> tuple[Engine, ...]:
     return tuple(engine for engine in _engines if is_installed(engine))
 
 
-# A fused kernel where the device has one; what users may have installed; what runs everywhere comes last.
-_OURS: tuple[Engine, ...] = (fused, xformers, flash_attn, sage, portable)
+# A fused kernel where the device has one, for wider heads if need be; cuDNN's, and what users may have installed; what
+# runs everywhere comes last.
+_OURS: tuple[Engine, ...] = (fused, padded, cudnn, xformers, flash_attn, sage, portable)
 for _engine in _OURS:
     register(_engine)

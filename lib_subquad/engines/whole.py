@@ -12,7 +12,7 @@ SMALLEST_QUERY_CHUNK = 256  # fewer rows are not worth a fused kernel
 
 
 def fitting(
-    workspace_bytes: Callable[[Problem, Sizes], int], problem: Problem, settings: Settings, limit: int
+    workspace_bytes: Callable[[Problem, Sizes], float], problem: Problem, settings: Settings, limit: int
 ) -> tuple[Sizes, list[str]]:
     """`Engine.fitting` of an engine whose workspace this is."""
     wanted = min(settings.query_chunk or problem.queries, problem.queries)
