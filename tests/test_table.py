@@ -128,7 +128,7 @@ def test_every_problem_has_a_class_that_can_be_kept(sizes):
 
 words = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")), max_size=30)
 machines = st.builds(Machine, *[words] * 5)
-powers, chunks = st.integers(0, 40), st.one_of(st.just(0), st.integers(64, 16384))
+powers, chunks = st.integers(0, 40), st.one_of(st.just(0), st.integers(table.SMALLEST_CHUNK, 16384))
 classes = st.builds(Class, words, words, st.integers(0, 512), st.integers(0, 512), words, powers, powers, powers)
 findings = st.builds(Found, words, chunks, chunks, st.floats(1, 1e6))
 tables = st.dictionaries(machines, st.dictionaries(classes, findings, max_size=5), max_size=4).map(Table)

@@ -27,7 +27,7 @@ LARGEST_FILE = 4 << 20  # bytes; the most that a table takes is less
 MOST_MACHINES, MOST_FOUND = 16, 256
 LONGEST_NAME, LONGEST_WORD, LONGEST_NUMBER = 200, 40, 20  # characters
 LARGEST_CLASS, WIDEST, GREATEST_MARGIN = 40, 1 << 16, 1e6
-SMALLEST_CHUNK = 64  # smaller ones are for when memory runs out
+SMALLEST_CHUNK = 16  # smaller ones are for when memory runs out
 
 
 class Machine(NamedTuple):

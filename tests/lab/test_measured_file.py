@@ -19,7 +19,7 @@ import torch
 
 from lib_subquad import Settings, attention, plan
 from lib_subquad.engines import order
-from lib_subquad.engines.table import Class, Found, Machine, Table, class_of
+from lib_subquad.engines.table import SMALLEST_CHUNK, Class, Found, Machine, Table, class_of
 from lib_subquad.lab.measured import file
 from lib_subquad.problem import Problem
 
@@ -428,7 +428,7 @@ def test_hostile_tables_change_nothing_but_a_line_in_the_log(path, caplog):
             assert made == by_rules
         else:  # what an honest file may say as well
             assert made.engine in (found.engine, by_rules.engine)
-            assert min(made.query_chunk, made.kv_chunk) >= 64
+            assert min(made.query_chunk, made.kv_chunk) >= SMALLEST_CHUNK
     assert refused > EXAMPLES / 2 and taken > EXAMPLES / 50
 
 
