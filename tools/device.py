@@ -50,7 +50,7 @@ class Step(NamedTuple):
     markdown: bool = True
 
 
-class Outcome(NamedTuple):
+class StepResult(NamedTuple):
     """What came of a step: "done", or what is wrong in words; what it printed, and its last words on stderr."""
 
     step: Step
@@ -119,26 +119,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_all(wanted: Sequence[Step], seconds: float) -> list[Outcome]:
+def run_all(wanted: Sequence[Step], seconds: float) -> list[StepResult]:
     """Every step in turn. Ctrl-C ends it with what was found until then."""
-    outcomes: list[Outcome] = []
+    outcomes: list[StepResult] = []
     end = time.monotonic() + seconds
     for number, step in enumerate(wanted, 1):
         limit = min(step.seconds, end - time.monotonic() - GRACE_SECONDS)
         if limit < min(LEAST_SECONDS, step.seconds):
-            outcomes.append(Outcome(step, "not begun: the time was over", 0.0))
+            outcomes.append(StepResult(step, "not begun: the time was over", 0.0))
             continue
         say(f"{number} of {len(wanted)}: {step.title}, at most {limit:.0f} s", sys.stderr)
         try:
             outcomes.append(run(step, limit))
         except KeyboardInterrupt:
-            outcomes.append(Outcome(step, "stopped by hand", 0.0))
+            outcomes.append(StepResult(step, "stopped by hand", 0.0))
             break
         say(f"  {outcomes[-1].said}, {outcomes[-1].seconds:.0f} s", sys.stderr)
     return outcomes
 
 
-def run(step: Step, limit: float) -> Outcome:
+def run(step: Step, limit: float) -> StepResult:
     """The step, ended after `limit` seconds: first as Ctrl-C would, which leaves it time to say what it has."""
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUTF8": "1", "COLUMNS": "120"}
@@ -155,7 +155,7 @@ def run(step: Step, limit: float) -> Outcome:
         finally:
             _end(process)
         printed, complaints = map(_written, (out, err))
-    return Outcome(step, said, time.monotonic() - start, printed, "" if said == DONE else complaints)
+    return StepResult(step, said, time.monotonic() - start, printed, "" if said == DONE else complaints)
 
 
 def _interrupt(process: subprocess.Popen[bytes]) -> None:
@@ -180,7 +180,7 @@ def _written(file) -> str:
     return anonymous(file.read().decode("utf-8", "replace").replace("\r", "\n"))
 
 
-def report(device: torch.device, outcomes: Sequence[Outcome]) -> str:
+def report(device: torch.device, outcomes: Sequence[StepResult]) -> str:
     """Everything, in Markdown."""
     name = device.type
     with contextlib.suppress(Exception):  # a driver that does not answer is worth a report above all
@@ -192,7 +192,7 @@ def report(device: torch.device, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join([head, *map(_section, outcomes)]) + "\n"
 
 
-def _section(outcome: Outcome) -> str:
+def _section(outcome: StepResult) -> str:
     command = f"`python {anonymous(' '.join(outcome.step.command))}`"
     parts = [f"## {outcome.step.title}", *([] if command in outcome.printed else [command])]
     if not outcome.good:

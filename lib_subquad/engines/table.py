@@ -20,7 +20,7 @@ from ..settings import CHUNK_MAX, shown
 # The fixed order is changed for what takes less than this share of its choice's time, in as many rounds.
 CLEAR = 0.95
 AGREEING = 0.8
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS, FEW_ROUNDS = 5, 7  # where there are fewer than the latter, all must agree
 
 FORMAT = 1
 LARGEST_FILE = 4 << 20  # bytes; the most that a table takes is less
@@ -109,7 +109,8 @@ def choose(seconds: Mapping[Candidate, Sequence[float]]) -> Found | None:
     best, best_ratio = first, 1.0
     for other in others:
         ratios = [mine / its for mine, its in zip(seconds[other], seconds[first])]
-        clear = len(ratios) >= FEWEST_ROUNDS and sum(ratio <= CLEAR for ratio in ratios) >= AGREEING * len(ratios)
+        agreeing = 1.0 if len(ratios) < FEW_ROUNDS else AGREEING
+        clear = len(ratios) >= FEWEST_ROUNDS and sum(ratio <= CLEAR for ratio in ratios) >= agreeing * len(ratios)
         if clear and statistics.median(ratios) < min(best_ratio, CLEAR):
             best, best_ratio = other, statistics.median(ratios)
     return Found(*best, margin=min(round(1 / best_ratio, 2), GREATEST_MARGIN))
