@@ -16,7 +16,7 @@ from lib_subquad.engines import order
 from lib_subquad.engines.base import Sizes
 from lib_subquad.lab.explain.question import Question
 from lib_subquad.lab.tune.exploration import Exploration
-from lib_subquad.plan import plan_problem
+from lib_subquad.plan import candidates, plan_problem
 from lib_subquad.problem import Problem
 from lib_subquad.settings import OPTIONS
 
@@ -186,12 +186,13 @@ def test_gradients_of_one_that_gives_way_to_one_whose_gradients_are_pytorchs(ref
 
 def test_every_reason_of_every_engine_that_was_passed_over_is_told(plain, monkeypatch):
     plain.refuses = ["it is a Tuesday", "it does not feel like it"]
-    between = order.usable()[1:-1]
+    _, *between, _ = candidates(Problem.from_shapes(SHAPE, SHAPE, SHAPE, torch.float32, CPU), Settings())
     for engine in between:
-        monkeypatch.setattr(engine, "why_not", lambda problem: ["the moon is full"])
+        monkeypatch.setattr(engine, "why_not", lambda problem, name=engine.NAME: [f"{name} sleeps", "it is a Tuesday"])
     made, _ = computed()
-    assert made.engine == order.names()[-1]
-    assert made.reasons == ("it is a Tuesday", "it does not feel like it", *["the moon is full"] * len(between))
+    assert made.engine == order.names()[-1] and between
+    told = [f"{engine.NAME} sleeps" for engine in between]
+    assert made.reasons == ("it is a Tuesday", "it does not feel like it", *told)  # each once
 
 
 def test_the_last_one_takes_what_none_can(monkeypatch):
@@ -199,7 +200,9 @@ def test_the_last_one_takes_what_none_can(monkeypatch):
     for engine in order.engines():
         monkeypatch.setattr(engine, "why_not", lambda problem, name=engine.NAME: [f"{name} is tired"])
     made = plan(SHAPE, SHAPE, SHAPE, torch.float32, CPU)
-    asked = [engine.NAME for engine in order.candidates("automatic")]
+    asked = [
+        engine.NAME for engine in candidates(Problem.from_shapes(SHAPE, SHAPE, SHAPE, torch.float32, CPU), Settings())
+    ]
     assert made.engine == order.names()[-1] and made.reasons == tuple(f"{name} is tired" for name in asked)
 
 
@@ -274,6 +277,16 @@ def test_explain_and_the_lab_know_it(plain):
         "plain",
         order.names()[-1],
     }
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_one_that_is_reserved_is_taken_only_when_it_is_asked_for(plain):
+    """And not spoken of."""
+    plain.unasked = lambda problem: problem.queries < 512
+    made, _ = computed()
+    assert made.engine == order.names()[1] and "plain" not in str(made)
+    assert computed(Settings(engine="plain"))[0].engine == "plain"
+    assert plan(*[(1, 2, 100, 8)] * 3, torch.float32, CPU).engine == "plain"
 
 
 @pytest.mark.usefixtures("fused_kernel")
