@@ -88,7 +88,6 @@ def _before(p) -> None:
         seconds = rounds.seconds_for(host().device())
         _tell(f"measuring which engine is fastest for {images}: up to {seconds:.0f} seconds, once")
         found = _measured(new, settings, seconds)
-        keep(found)
         _tell(f"measured for {images}: {_in_words(found, len(new), rows)}")
 
 
@@ -96,7 +95,9 @@ def _measured(new: list[Problem], settings: Settings, seconds: float) -> dict[Cl
     global _failed
     before = host().announce(status.generation().measuring)
     try:
-        return rounds.measured(new, settings, seconds, _go_on)
+        found = rounds.measured(new, settings, seconds, _go_on)
+        keep(found)
+        return found
     except _Interrupted:
         raise
     except Exception:
