@@ -48,7 +48,15 @@ FAMILIES = {
     ),
     "Arc A750": (Situation("xpu", dtype="float16"), ""),
     "CPU": (Situation("cpu", dtype="float32", threads=8, cores=15), ""),
-    "CPU, one thread": (Situation("cpu", dtype="float32", threads=1, cores=8), "OMP_NUM_THREADS"),
+    "CPU, one thread": (
+        Situation("cpu", dtype="float32", threads=1, cores=8, variables={"OMP_NUM_THREADS": "1"}),
+        "OMP_NUM_THREADS: unset it",
+    ),
+    "CPU, few threads by the program": (Situation("cpu", dtype="float32", threads=1, cores=8), ""),
+    "CPU, two processors a core": (
+        Situation("cpu", dtype="float32", threads=8, cores=16, variables={"OMP_NUM_THREADS": "8"}),
+        "",
+    ),
     "CPU, torch 2.0": (Situation("cpu", dtype="float32", torch=(2, 0), unfused=1, threads=4, cores=4), "torch to 2.1"),
     "settings": (Situation("cuda", settings=("the engine is set to portable",)), "set to portable"),
 }
