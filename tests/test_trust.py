@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,6 +128,21 @@ def test_once_trusted_a_call_is_one_call(first, monkeypatch):
     assert made == [SHAPE[2]] * 3 and not looked
     attention(*given, settings=Settings(memory_limit=50))  # planned anew
     assert made == [SHAPE[2]] * 4 and not looked
+
+
+def test_who_calls_while_the_first_call_is_looked_at_is_looked_at_too(reference, first, monkeypatch):
+    first(lambda query, output: output + 0.01 * (query.shape[2] > 256))
+    given, check, others = tensors((1, 2, 300, 8)), trust.check, []
+
+    def looking(*call):
+        if not others:
+            others.append(threading.Thread(target=lambda: others.append(computed(reference, given))))
+            others[0].start()
+            others[0].join()
+        check(*call)
+
+    monkeypatch.setattr(trust, "check", looking)
+    assert computed(reference, given).engine == others[1].engine != order.names()[0]
 
 
 def test_gradients_are_part_of_it(reference, first):
