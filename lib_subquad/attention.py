@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import device as devices
 from . import second
-from .calls import call_for
+from .calls import call_for, done
 from .engines.base import Engine
 from .forward import attend_chunks
 from .plan import Plan, check_report
@@ -95,6 +95,7 @@ def attention(
         output = _in_chunks(query, key, value, mask, scale, chunks)
         if chunks.refusals:
             chunks.remember_refusals()
+        done(call)
     if report is not None:
         report(chunks.plan)
     return output if len(leading) == 2 else output.reshape(*leading, *output.shape[-2:])

@@ -18,16 +18,20 @@ from .settings import Settings
 MOST_KNOWN = 1024
 
 
+Facts = tuple[object, ...]
+
+
 class Call(NamedTuple):
-    """A call that is planned. `engine` attends all of its queries at once; it is None where that takes the loop."""
+    """A call that is planned. `engine` attends all of its queries at once; it is None where that takes the loop.
+    `facts` are what the first of a kind is known by."""
 
     problem: Problem
     plan: Plan
     engine: Engine | None
     reading: memory.Reading
+    facts: Facts | None = None
 
 
-Facts = tuple[object, ...]
 _known: dict[Facts, Call] = {}
 
 
@@ -47,11 +51,18 @@ def call_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
     call = _known.get(facts)
     if call is not None and call.reading is memory.reading(call.problem.device, call.problem.grad):
         return call
-    call = _planned(_problem(query, key, value, mask, settings), settings)
+    # The first of its kind takes the loop, which looks at what an engine gives.
+    return _planned(_problem(query, key, value, mask, settings), settings)._replace(engine=None, facts=facts)
+
+
+def done(call: Call) -> None:
+    """It has taken the loop: the next ones of its kind are known. Not before, or they would pass by unseen on other
+    threads while the first is looked at."""
+    if call.facts is None:
+        return
     if len(_known) >= MOST_KNOWN:
         _known.clear()
-    _known[facts] = call
-    return call._replace(engine=None)  # the first of its kind takes the loop, which looks at what an engine gives
+    _known[call.facts] = call._replace(engine=_at_once(call.problem, call.plan), facts=None)
 
 
 def forget() -> None:
@@ -108,7 +119,11 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, set
 def _planned(problem: Problem, settings: Settings) -> Call:
     reading = memory.reading(problem.device, problem.grad)
     plan = retry.plan_for(problem, settings, reading.bytes)
+    return Call(problem, plan, _at_once(problem, plan), reading)
+
+
+def _at_once(problem: Problem, plan: Plan) -> Engine | None:
+    """The plan's engine, where it attends all queries in one go."""
     engine = order.named(plan.engine)
     whole = engine.rows_at_once(problem, plan.sizes) >= problem.queries > 0
-    at_once = whole and (engine.DIFFERENTIABLE or not problem.grad)
-    return Call(problem, plan, engine if at_once else None, reading)
+    return engine if whole and (engine.DIFFERENTIABLE or not problem.grad) else None

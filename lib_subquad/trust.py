@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._python_dispatch
@@ -28,6 +28,7 @@ from .settings import Settings
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 72, 88
 ROOM = 1 << 40  # bytes: what a small call takes is no question of the memory limit
 LARGE = 256.0  # whose square is past the largest float16
+MOST_GOOD = 4096  # calls that are known to be right
 SAMPLED_ROWS = 4  # of each of three heads, the first and the last among them
 
 
@@ -47,6 +48,10 @@ class Sample(NamedTuple):
     rows: int
     strides: tuple[tuple[int, ...], ...]
     state: tuple[object, ...]
+
+
+class _CannotLook(Exception):
+    """The rows of a result cannot be had: no memory for their copies, or a device that gives no rows."""
 
 
 _verdicts: dict[Kind, tuple[str, ...]] = {}
@@ -84,6 +89,8 @@ def check(
 ) -> None:
     """Look at a few rows of what an engine gave for these, all in four dimensions, unless it was done before.
 
+    Where the rows cannot be had nothing is said of the call, and the next one that is planned is looked at.
+
     Raises:
         refusals.WrongResult: they are not what they should be.
     """
@@ -93,10 +100,15 @@ def check(
     sample = Sample(engine.NAME, problem, query.shape[2], strides, _state())
     if sample in _good or not output.numel() or not _can_be_tried():
         return
-    with _unseen(problem.device):
-        wrong = _wrong(query, key, value, mask, scale, output)
+    try:
+        with _unseen(problem.device):
+            wrong = _wrong(query, key, value, mask, scale, output)
+    except _CannotLook:
+        return
     if wrong:
         raise refusals.WrongResult(f"the {engine.NAME} kernel gave wrong results for these sizes: {_by(wrong)}")
+    if len(_good) >= MOST_GOOD:
+        _good.clear()
     _good.add(sample)
 
 
@@ -107,7 +119,8 @@ def _is_taken_as_it_is(engine: Engine) -> bool:
 def is_distrusted(engine: Engine, device: torch.device) -> bool:
     """Whether it has been found wrong on this device, in whatever kind of call."""
     return any(
-        verdict and kind.engine == engine.NAME and kind.problem.device == device for kind, verdict in _verdicts.items()
+        verdict and kind.engine == engine.NAME and kind.problem.device == device
+        for kind, verdict in list(_verdicts.items())  # another thread may add to it
     )
 
 
@@ -141,7 +154,7 @@ def _can_be_tried() -> bool:
 
 def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
     """What a small call says against it; None where it says nothing."""
-    with _unseen(problem.device):
+    with _unseen(problem.device), torch.inference_mode(False):  # which would leave gradients out
         try:
             query, key, value, mask = tensors(problem)
         except Exception:  # the device, or a dtype of it, cannot be had: not the engine's fault
@@ -151,7 +164,7 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
                 wrong = _wrong_small(engine, problem, query, key, value, mask)
             if not wrong and problem.dtype == torch.float16:
                 wrong = _overflows(engine, problem, query, key, value)
-        except ContractError:  # whoever writes an engine wants to see it
+        except (ContractError, _CannotLook):  # whoever writes an engine wants to see the first
             return None
         except Exception as error:
             if devices.is_out_of_memory(error) or refusals.is_fatal(error):
@@ -172,10 +185,15 @@ def _first_line(error: Exception) -> str:
 def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """query, key, value and mask of a problem, with tokens before heads in memory, as layers have them. No state of
     PyTorch's random numbers is touched."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    here: dict[str, Any] = {
+        "generator": generator,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }  # whatever the defaults are
 
     def made(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-        numbers = torch.randn(problem.batch, tokens, problem.heads, width, generator=generator, dtype=torch.float32)
+        numbers = torch.randn(problem.batch, tokens, problem.heads, width, **here)
         return numbers.to(problem.device, dtype).transpose(1, 2).requires_grad_(problem.grad)
 
     query = made(problem.queries, problem.width, problem.dtype)
@@ -183,14 +201,14 @@ def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     value = made(problem.keys, problem.value_width, problem.value_dtype)
     if problem.mask is None:
         return query, key, value, None
-    seen = torch.rand(problem.mask, generator=generator, dtype=torch.float32) < 0.7
+    seen = torch.rand(problem.mask, **here) < 0.7
     if problem.mask[2] > 1:
         seen[:, :, 1] = False  # a row that may attend to nothing
     elif problem.mask[3] == 1:
         seen[:] = True
     mask = seen
     if problem.mask_dtype != torch.bool:
-        mask = torch.zeros(problem.mask, dtype=problem.mask_dtype).masked_fill(~seen, -torch.inf)
+        mask = torch.zeros(problem.mask, dtype=problem.mask_dtype, device="cpu").masked_fill(~seen, -torch.inf)
     return query, key, value, mask.to(problem.device)
 
 
@@ -225,7 +243,20 @@ def _overflows(engine: Engine, problem: Problem, query: Tensor, key: Tensor, val
 
 
 def _wrong(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, output: Tensor) -> float:
-    """By how much some rows of the first, a middle and the last head are wrong; NaN where they have no numbers."""
+    """By how much some rows of the first, a middle and the last head are wrong; NaN where they have no numbers.
+
+    Raises:
+        _CannotLook: there is no memory for a look, or the device has no operator for one.
+    """
+    try:
+        return _wrong_rows(query, key, value, mask, scale, output)
+    except Exception as error:
+        if not (devices.is_out_of_memory(error) or isinstance(error, NotImplementedError)):
+            raise
+    raise _CannotLook
+
+
+def _wrong_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, output: Tensor) -> float:
     batch, heads, queries, _ = query.shape
     rows = sorted({number * (queries - 1) // (SAMPLED_ROWS - 1) for number in range(SAMPLED_ROWS)})
     for head in sorted({0, batch * heads // 2, batch * heads - 1}):
@@ -248,9 +279,13 @@ def _unseen(device: torch.device) -> Iterator[None]:
         return tensor
 
     with _without_modes(), devices.without_autocast(device):
+        if not _hooks_are_allowed():  # nobody has any, then
+            yield
+            return
         with torch.autograd.graph.saved_tensors_hooks(itself, itself):
             yield
 
 
-# Private, and newer than torch 2.0.
+# Private, and the second is newer than torch 2.0.
+_hooks_are_allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 _without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)

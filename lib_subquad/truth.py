@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import device as devices
+
 BLOCK = 1 << 13  # numbers in float64 at a time: the truth must not need more memory than the call that it judges
 
 # How much rounding moves a number, relative to it. A kernel may scale queries and round weights in the dtype of its
@@ -44,7 +46,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Returns:
         softmax(scale * query . key^T + mask) . value, zeros where a row may attend to nothing. Allowed: rounding
         moves each product of a score by a unit, in either direction, and so the score by the root of the sum of their
-        squares; softmax of scores that are moved by d differs by a factor of exp(2d) at the most.
+        squares; a mask may make scores so large (-10,000 for all keys of an empty prompt) that their last digits are
+        lost; softmax of scores that are moved by d differs by a factor of exp(2d) at the most.
     """
     units = unit(key), unit(value)
     query, key, value = _exact(query) * scale, key.detach().to("cpu"), value.detach().to("cpu")
@@ -59,14 +62,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         mask = mask.detach().to("cpu")
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    scores = scores.masked_fill(nothing, 0.0)
+    weights = scores.softmax(-1).masked_fill(nothing, 0.0)
+    lost = scores.amax(-1, keepdim=True).abs() * torch.finfo(devices.compute_dtype(key.dtype)).eps
     rows = query.new_zeros(query.shape[0], value.shape[-1])
     largest = 0.0
     for start in range(0, key.shape[0], block):
         values = _exact(value[start : start + block])
         rows += weights[:, start : start + block] @ values
         largest = max(largest, values.abs().max().item())
-    moved = SLACK * units[0] * (products + 1)
+    moved = SLACK * (units[0] * (products + 1) + lost)
     return Truth(rows, (torch.expm1(2 * moved).clamp(max=LARGEST) + SLACK * units[1]) * largest)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,6 +130,21 @@ def test_once_trusted_a_call_is_one_call(first, monkeypatch):
     assert made == [SHAPE[2]] * 4 and not looked
 
 
+def test_who_calls_while_the_first_call_is_looked_at_is_looked_at_too(reference, first, monkeypatch):
+    first(lambda query, output: output + 0.01 * (query.shape[2] > 256))
+    given, check, others = tensors((1, 2, 300, 8)), trust.check, []
+
+    def looking(*call):
+        if not others:
+            others.append(threading.Thread(target=lambda: others.append(computed(reference, given))))
+            others[0].start()
+            others[0].join()
+        check(*call)
+
+    monkeypatch.setattr(trust, "check", looking)
+    assert computed(reference, given).engine == others[1].engine != order.names()[0]
+
+
 def test_gradients_are_part_of_it(reference, first):
     class Halved(torch.autograd.Function):
         @staticmethod
@@ -174,6 +191,30 @@ def test_running_out_of_memory_is_no_distrust(reference, monkeypatch):
     assert found.retries == 1 and found.engine == engine.NAME and found.query_chunk < 600
     lib_subquad.forget()
     assert computed(reference, given).engine == engine.NAME
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), NotImplementedError("no aten::index here")])
+def test_a_look_that_fails_is_not_the_engines_fault(reference, first, monkeypatch, error):
+    """Neither are chunks halved for it, nor does the engine refuse."""
+    first(right)
+    engine, given = order.engines()[0], tensors((1, 2, 600, 8))
+
+    def failing(*given):
+        raise error
+
+    monkeypatch.setattr(truth, "attend", failing)
+    for _ in range(2):
+        found = computed(reference, given)
+        assert (found.engine, found.query_chunk, found.retries) == (engine.NAME, 600, 0)
+    assert found.reasons == (engine.WHY,)
+
+
+def test_a_look_that_failed_is_made_up_for(reference, first, monkeypatch):
+    first(lambda query, output: output + 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(truth, "attend", lambda *given: torch.empty(1 << 60))  # cannot allocate memory
+        assert trust.why_not(order.engines()[0], Problem.of(*tensors())) == []
+    assert computed(reference, tensors()).engine != order.names()[0]
 
 
 def test_a_lost_device_is_told(first):
@@ -244,6 +285,71 @@ def test_what_was_found_wrong_is_not_traced_either(reference, first):
     plans = []
     torch.func.vmap(lambda *them: attention(*them, report=plans.append))(*given)
     assert plans[0].engine != engine.NAME
+
+
+def test_whoever_asks_while_another_thread_plans_gets_an_answer(first):
+    first(lambda query, output: output + 0.01)
+    attention(*tensors())
+
+    class Planning:
+        """A device that is compared while somebody else plans."""
+
+        def __eq__(self, other):
+            attention(*tensors(dtype=torch.float64))
+            return False
+
+    assert not trust.is_distrusted(order.engines()[0], Planning())
+
+
+def test_whatever_defaults_a_program_has_engines_are_compared(reference, first):
+    made = first(lambda query, output: output + 0.01)
+    given = tensors()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            attention(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made == [trust.QUERIES]
+    assert computed(reference, given).engine != order.names()[0]
+
+
+def test_plans_of_training_that_are_asked_for_in_inference_mode(first):
+    first(right)
+    with torch.inference_mode():
+        assert plan(SHAPE, SHAPE, SHAPE, torch.float32, "cpu", grad=True).engine == order.names()[0]
+
+
+def test_where_no_hooks_are_allowed_engines_are_compared_all_the_same(reference, first):
+    first(lambda query, output: output + 0.01)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        assert computed(reference, tensors()).engine != order.names()[0]
+
+
+@pytest.mark.parametrize("mask", [-10_000.0, -1e9, torch.finfo(torch.float32).min])
+def test_masks_so_large_that_digits_of_scores_are_lost_are_no_engines_fault(first, mask):
+    """Such as -10,000 for all keys of an empty prompt."""
+    first(right)
+    for keys in (8, 77):
+        query, key, value, plans = torch.randn(2, 8, 96, 40), *torch.randn(2, 2, 8, keys, 40), []
+        attention(query, key, value, mask=torch.tensor([0.0, mask])[:, None, None, None], report=plans.append)
+        assert plans[0].engine == order.names()[0], plans[0].reasons
+
+
+def test_what_a_row_of_nothing_gives_is_looked_at():
+    """However large the numbers of its mask are."""
+    query, key, value = torch.randn(3, 4, 8)
+    found = truth.attend(query, key, value, torch.full((4, 4), -torch.inf), 1.0)
+    assert not found.rows.any() and found.allowed.max() < 1e-4
+    assert found.wrong_by(found.rows.float() + 0.01)
+
+
+def test_no_more_is_remembered_than_is_worth_it(first, monkeypatch):
+    first(right)
+    monkeypatch.setattr(trust, "MOST_GOOD", 3)
+    for queries in range(10, 20):
+        attention(*tensors((1, 1, queries, 8)))
+    assert 0 < len(trust._good) <= 3
 
 
 def test_scores_past_the_largest_half(first):

@@ -11,6 +11,7 @@ from lib_subquad import Settings
 from lib_subquad import __main__ as command_line
 from lib_subquad import device as devices
 from lib_subquad.engines import order
+from lib_subquad.engines.table import Found, Table, class_of
 from lib_subquad.lab.survey import doctor, facts, reasons
 from lib_subquad.lab.survey.advice import AOTRITON, Situation, advise
 
@@ -48,7 +49,15 @@ FAMILIES = {
     ),
     "Arc A750": (Situation("xpu", dtype="float16"), ""),
     "CPU": (Situation("cpu", dtype="float32", threads=8, cores=15), ""),
-    "CPU, one thread": (Situation("cpu", dtype="float32", threads=1, cores=8), "OMP_NUM_THREADS"),
+    "CPU, one thread": (
+        Situation("cpu", dtype="float32", threads=1, cores=8, variables={"OMP_NUM_THREADS": "1"}),
+        "OMP_NUM_THREADS: unset it",
+    ),
+    "CPU, few threads by the program": (Situation("cpu", dtype="float32", threads=1, cores=8), ""),
+    "CPU, two processors a core": (
+        Situation("cpu", dtype="float32", threads=8, cores=16, variables={"OMP_NUM_THREADS": "8"}),
+        "",
+    ),
     "CPU, torch 2.0": (Situation("cpu", dtype="float32", torch=(2, 0), unfused=1, threads=4, cores=4), "torch to 2.1"),
     "settings": (Situation("cuda", settings=("the engine is set to portable",)), "set to portable"),
 }
@@ -125,10 +134,25 @@ def test_versions(text, version):
     assert doctor._version(text) == version
 
 
-def test_the_command(capsys, monkeypatch):
+def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(devices.RULES, "cpu", replace(devices.RULES["cpu"], no_fused="there is none"))
     monkeypatch.setattr(torch, "__version__", "2.0.1")
     monkeypatch.setattr(doctor, "_cores", lambda: 1)
-    assert command_line.main(["doctor", "--device", "cpu"]) == 0
+    assert command_line.main(["doctor", "--device", "cpu", "--table", str(tmp_path / "none.json")]) == 0
     told = capsys.readouterr().out
     assert "| SD 1.5 512² 16×4096×40" in told and "there is none" in told and "Update torch to 2.1" in told
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_what_was_measured_to_be_faster_lacks_no_kernel(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_cores", lambda: 1)
+    monkeypatch.setattr(torch, "__version__", "2.0.1")  # which would be advised against, were there no kernel
+    order.machine.cache_clear()
+    found = {class_of(problem): Found("portable", margin=2.0) for problem in problems()}
+    table = Table().with_found(order.machine(CPU), found)
+    path = tmp_path / "table.json"
+    path.write_text(table.to_json(), encoding="utf-8")
+    assert command_line.main(["doctor", "--device", "cpu", "--table", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "measured on this device: 2.00 times as fast" in told and doctor.NOTHING in told
+    order.machine.cache_clear()

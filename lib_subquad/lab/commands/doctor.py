@@ -10,6 +10,7 @@ from ...console import say
 from ...settings import Settings
 from .. import tables
 from ..survey import checks, doctor, reasons
+from . import kept
 from .arguments import DTYPES, best_device, device
 
 
@@ -20,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
     )
+    kept.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    kept.load(arguments)
     on = torch.device(arguments.device) if arguments.device else best_device()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else checks.dtypes(on)[0]
     calls = [*((shape, False) for shape in reasons.SHAPES), *((shape, True) for shape in reasons.MASKED)]

@@ -152,10 +152,13 @@ def _no_cache(here: Situation) -> Advice | None:
 
 
 def _few_threads(here: Situation) -> Advice | None:
-    if here.kind != "cpu" or 2 * here.threads > here.cores:
+    named = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if _is_on(here, name)]
+    # Unasked PyTorch takes one thread a core, which is half of the processors where each core counts as two.
+    if here.kind != "cpu" or 2 * here.threads >= here.cores or not named:
         return None
     return Advice(
-        f"PyTorch takes {here.threads} of {here.cores} processors, by OMP_NUM_THREADS or MKL_NUM_THREADS: unset them",
+        f"PyTorch takes {here.threads} of {here.cores} processors, by {' and '.join(named)}: unset "
+        f"{'them' if len(named) > 1 else 'it'}",
         "PyTorch's notes on CPU threading",
     )
 

@@ -66,7 +66,9 @@ def _told(ask: Callable[[], str]) -> str:
 
 def _splits(made: Plan) -> bool:
     """Whether scores are kept a tile at a time, for want of a kernel that keeps none."""
-    return order.named(made.engine).SPLITS_KEYS
+    return (
+        order.named(made.engine).SPLITS_KEYS and made.measured is None
+    )  # what was measured to be faster lacks nothing
 
 
 def _kept_away(
