@@ -172,6 +172,7 @@ def test_what_pytorch_is_asked(card):
         assert "no attention kernel" in cudnn.why_not(Problem.from_shapes(shapes, shapes, shapes, dtype, "cpu"))[0]
 
 
+@needs_the_switch
 @pytest.mark.parametrize(
     "change, words",
     [

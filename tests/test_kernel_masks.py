@@ -143,6 +143,7 @@ def test_a_mask_with_one_key_or_for_one_key(gpu, reference, keys):
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.usefixtures("trusted")  # its calls are counted
 def test_what_is_expanded_is_not_computed_with_in_full(gpu, monkeypatch, kind):
     """PyTorch makes scores of all of a bool mask: of this one 2 x 3 x 64 times what there is."""
     playing = gpu(EFFICIENT)
@@ -151,6 +152,7 @@ def test_what_is_expanded_is_not_computed_with_in_full(gpu, monkeypatch, kind):
     assert [mask.shape for mask in playing.masks] == [(1, 1, 1, KEYS)]
 
 
+@pytest.mark.usefixtures("trusted")  # its calls are counted
 def test_a_mask_that_wants_a_gradient_where_none_is_recorded(monkeypatch):
     """PyTorch looks at the mask alone and takes the kernel that keeps all scores, on the CPU too."""
     taken = []
@@ -231,6 +233,7 @@ def test_a_torch_that_does_not_tell_which_kernel_it_takes(gpu, monkeypatch):
 @pytest.mark.parametrize("rows", ["all", 1])
 @pytest.mark.parametrize("last", ["keys", 1])
 @pytest.mark.parametrize("query_chunk", [0, 300])
+@pytest.mark.usefixtures("trusted")  # zeros are no result
 def test_the_copies_of_a_mask_are_within_the_plan(gpu, monkeypatch, peak_bytes, dtype, keys, rows, last, query_chunk):
     """Those that PyTorch makes for the kernel as well."""
     query, key, value = (torch.randn(2, 1, tokens, 16) for tokens in (1024, keys, keys))

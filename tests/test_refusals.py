@@ -13,7 +13,8 @@ import lib_subquad
 from lib_subquad import Settings, attention, plan, refusals
 from lib_subquad import device as devices
 from lib_subquad.engines import order
-from tests.own_engines import OWN
+from lib_subquad.problem import Problem
+from tests.own_engines import able
 
 pytestmark = pytest.mark.usefixtures("trusted")  # engines fail in the middle of a call
 
@@ -32,7 +33,7 @@ def tensors(shape=SHAPE, grad=False):
 
 
 def names(count=2):
-    return OWN[:count]
+    return able(Problem.from_shapes(SHAPE, SHAPE, SHAPE, torch.float32, "cpu"))[:count]
 
 
 @pytest.fixture

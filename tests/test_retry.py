@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lib_subquad import Settings, attention, memory, plan, refusals, retry
 from lib_subquad import device as devices
 from lib_subquad.engines import fused, order, portable
-from tests.own_engines import OWN
+from lib_subquad.problem import Problem
+from tests.own_engines import able
 from tests.personality import TEXT, FailAt, FailOver, alone
 
 
@@ -207,7 +208,7 @@ def test_other_errors_pass(error, request):
     with pytest.raises(type(error)) as raised, FailOver(0, error) as device:
         attention(*tensors)
     assert str(raised.value) == text
-    assert device.failures == (len(OWN) if refusals.is_refusal(error) else 1)
+    assert device.failures == (len(able(Problem.of(*tensors))) if refusals.is_refusal(error) else 1)
 
 
 def test_an_out_of_memory_that_is_reported_twice(monkeypatch):
