@@ -150,8 +150,14 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
         if not reasons:
             break
         passed_over += [reason for reason in reasons if reason not in passed_over]
-    taken = found is not None and found.engine == made.engine
+    taken = found is not None and found.engine == made.engine and _is_its_tile(found, made, problem)
     return replace(made, measured=found if taken else None), passed_over
+
+
+def _is_its_tile(found: Found, made: Plan, problem: Problem) -> bool:
+    """Whether the tile that was measured fits: the memory limit may leave less."""
+    wanted = min(found.query_chunk, problem.queries), min(found.kv_chunk, problem.keys)
+    return not found.has_tile or wanted == (made.query_chunk, made.kv_chunk)
 
 
 def measured(problem: Problem, settings: Settings) -> Found | None:
@@ -218,7 +224,7 @@ def with_sizes(problem: Problem, made: Plan, engine: Engine, sizes: Sizes) -> Pl
         head_chunk=sizes.heads,
         workspace_bytes=engine.workspace_bytes(problem, sizes),
         keeps_scores=False,
-        measured=made.measured if engine.NAME == made.engine else None,
+        measured=None,
     )
 
 

@@ -73,7 +73,7 @@ def why_not(engine: Engine, problem: Problem) -> list[str]:
         if verdict is not None:
             _verdicts[kind] = verdict
             if verdict:
-                _warn_once(f"[subquad] {verdict[0]}. It is not used for calls of that kind")
+                _warn_once(f"[subquad] {verdict[0]}. It is not used for such calls, {_in_words(problem)}")
     return list(verdict or ())
 
 
@@ -173,8 +173,14 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
     return (f"a small call of the {engine.NAME} kernel gave wrong results: {_by(wrong)}",) if wrong else ()
 
 
+def _in_words(problem: Problem) -> str:
+    dtype = str(problem.upcast_dtype).removeprefix("torch.")
+    masked, grad = ", with a mask" * (problem.mask is not None), ", with gradients" * problem.grad
+    return f"{dtype} with heads {problem.width} wide{masked}{grad}"
+
+
 def _by(wrong: float) -> str:
-    return "numbers that are none" if wrong != wrong else f"off by {wrong:.2g}"
+    return "NaN" if wrong != wrong else f"off by {wrong:.2g}"
 
 
 def _first_line(error: Exception) -> str:

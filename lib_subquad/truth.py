@@ -91,7 +91,7 @@ def gradients(
 
 
 def wrong_gradient(found: Tensor, expected: Tensor, unit: float) -> float:
-    """The largest difference, where it is more than rounding explains; NaN where there are numbers that are none."""
+    """The largest difference, where it is more than rounding explains; NaN where there is any."""
     difference = (_exact(found) - expected).abs().max()
     allowed = GRADIENTS_SLACK * unit * expected.abs().max()
     return 0.0 if difference <= allowed else difference.item()

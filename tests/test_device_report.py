@@ -10,6 +10,7 @@ import torch
 
 from lib_subquad import __main__ as command_line
 from tools import device as tool
+from tools import grid
 from tools.device import DONE, ROOT, Step
 
 CPU = torch.device("cpu")
@@ -101,6 +102,9 @@ def test_each_step_is_a_command_that_there_is(tiny, pytestconfig):
         module, *rest = step.command[1:]
         if module == "lib_subquad":
             command_line._parse(rest)
+            continue
+        if module == "tools.grid":
+            grid.parser().parse_args(rest)
             continue
         assert module == "pytest" and all((ROOT / name).is_file() for name in rest if name.endswith(".py"))
         assert "--device" in rest and pytestconfig.getoption("device")

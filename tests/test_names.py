@@ -10,7 +10,16 @@ ROOT = Path(__file__).parents[1]
 # What came of a measurement that could not be made: it stands in a table, and nobody is to put anything right.
 # So does what is said of an engine's result: another engine goes on, or whoever writes the engine sees it; and that an
 # image is wanted no more.
-RESULTS = {"Unsupported", "Failed", "UselessResult", "WrongResult", "ContractError", "_Dropped", "_Interrupted"}
+RESULTS = {
+    "Unsupported",
+    "Failed",
+    "UselessResult",
+    "WrongResult",
+    "ContractError",
+    "_Dropped",
+    "_Interrupted",
+    "_CannotLook",
+}
 
 
 def classes() -> dict[str, list[tuple[str, list[str]]]]:

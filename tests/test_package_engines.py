@@ -20,6 +20,8 @@ from lib_subquad.problem import Problem
 from tests import package_stand_ins as stand_ins
 from tests.personality import alone
 
+pytestmark = pytest.mark.usefixtures("trusted")  # calls are counted, and stand-ins compute what they are told
+
 ENGINES = {engine.NAME: engine for engine in (xformers, flash_attn, sage)}
 STAND_INS = {
     "xformers 0.0.35": (xformers, stand_ins.xformers),

@@ -112,10 +112,12 @@ def test_classes(other, same):
     assert (class_of(other) == class_of(problem())) is same
 
 
-def test_masks_of_one_dtype_are_one_class():
-    masks = [((4096,), torch.bool), ((4096, 4096), torch.bool), ((4096, 4096), torch.float32)]
-    few, many, added = (class_of(problem(mask_shape=shape, mask_dtype=dtype)) for shape, dtype in masks)
-    assert few == many != added
+def test_masks_of_one_dtype_with_or_without_rows_are_one_class():
+    masks = [((4096,), torch.bool), ((1, 8, 1, 4096), torch.bool), ((4096, 4096), torch.bool), ((4096,), torch.float32)]
+    for_all, for_each_head, rows, added = (
+        class_of(problem(mask_shape=shape, mask_dtype=dtype)) for shape, dtype in masks
+    )
+    assert for_all == for_each_head and len({for_all, rows, added}) == 3
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 16, 8), (1, 8, 0, 8), (1, 1, 1, 1), (64, 48, 1 << 20, 512)])

@@ -59,7 +59,7 @@ def raising(query, output):
 
 WRONG = {
     "off by 0.01": lambda query, output: output + 0.01,
-    "numbers that are none": lambda query, output: output * torch.nan,
+    "NaN": lambda query, output: output * torch.nan,
     "head_dim must be 64": raising,
     "off by": lambda query, output: output.flip(1),  # of another head
 }
@@ -340,7 +340,7 @@ def test_what_a_row_of_nothing_gives_is_looked_at():
     """However large the numbers of its mask are."""
     query, key, value = torch.randn(3, 4, 8)
     found = truth.attend(query, key, value, torch.full((4, 4), -torch.inf), 1.0)
-    assert not found.rows.any() and found.allowed.max() < 1e-4
+    assert not found.rows.any() and found.allowed.max() < 1e-3
     assert found.wrong_by(found.rows.float() + 0.01)
 
 

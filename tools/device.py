@@ -68,7 +68,7 @@ DONE = "done"
 
 
 def steps(device: str, tiny: bool) -> list[Step]:
-    """In their order; what else is to be found out on a card, such as the order that it measures, is a line here."""
+    """In their order; what else is to be found out on a card is a line here."""
     library, on = ("-m", "lib_subquad"), ("--device", device)
     xformers = ("xformers",) if importlib.util.find_spec("xformers") else ()
     variants = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn")
@@ -79,13 +79,17 @@ def steps(device: str, tiny: bool) -> list[Step]:
         how = ("--dtype", dtype, "--peers", ",".join(peers[:2] if tiny else peers), "--repeats", "1" if tiny else "3")
         return Step(f"Time and memory, {dtype}", (*library, "bench", *shapes, *how, *on), seconds)
 
+    grid = ("--dtype=float32", f"--shape={TINY_SHAPE}", "--rounds=2") if tiny else ("--dtype=float16",)
     tests = ("tests/test_accelerators.py",) if tiny else SUITE
     return [
-        Step("The device and its engines", (*library, "report", *on), 80),
-        Step("Tests of numbers", ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *on, *tests), 160, False),
-        bench("float16", ("sdpa", "automatic", "portable", *variants, *xformers), 120),
+        Step("The device and its engines", (*library, "report", *on), 75),
+        Step("Tests of numbers", ("-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *on, *tests), 150, False),
+        bench("float16", ("sdpa", "automatic", "portable", *variants, *xformers), 105),
         bench("bfloat16", few, 70),
         bench("float32", few, 70),
+        Step(
+            "Whether measuring finds what is fastest", ("-m", "tools.grid", "--dtype", "float16", *on, *grid), 70, False
+        ),
         Step("What a small call costs beside PyTorch's", (*library, "bench", "--overhead", *on), 40),
     ]
 

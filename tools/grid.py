@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,7 +86,7 @@ def candidates(problem: Problem) -> dict[Candidate, Settings]:
     return dict(sorted(able.items(), key=lambda item: item[0] != Candidate(first)))
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tools.grid", description=(__doc__ or "").replace("`", ""))
     parser.add_argument("--shape", action="append", help=f"as in bench, several times (default: {', '.join(SHAPES)})")
     parser.add_argument(
@@ -93,7 +94,11 @@ def main() -> None:
     )
     parser.add_argument("--device", type=arguments.device, help="such as cuda (default: the best this machine has)")
     parser.add_argument("--dtype", choices=arguments.DTYPES, default="float32", help="(default: %(default)s)")
-    given = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parser().parse_args(argv)
     device = torch.device(given.device) if given.device else arguments.best_device()
     grids = []
     for text in given.shape or SHAPES:

@@ -82,11 +82,18 @@ def class_of(problem: Problem) -> Class:
         _name(problem.value_dtype),
         problem.width,
         problem.value_width,
-        "none" if problem.mask is None else _name(problem.mask_dtype),
+        _of_mask(problem),
         _power(problem.batch * problem.heads),
         _power(problem.queries),
         _power(problem.keys),
     )
+
+
+def _of_mask(problem: Problem) -> str:
+    """A mask with rows of its own is read as often as there are queries, one for all of them once."""
+    if problem.mask is None:
+        return "none"
+    return _name(problem.mask_dtype) + " rows" * (problem.mask[2] > 1)
 
 
 def _name(dtype: object) -> str:

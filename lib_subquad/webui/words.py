@@ -9,6 +9,7 @@ from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.words import layers_in_words, size_in_words
+from ..lab.survey import doctor
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import Trial, about_as_fast
 from ..plan import goes_by_measurements
@@ -107,7 +108,9 @@ def plan_table(question: Question) -> str:
     summary = f"<b>{escape(family)}</b>: {layers_in_words(rows, kinds=True)}."
     table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
     size = size_in_words(question, term("memory limit", "Memory limit"), "<b>{}</b>".format)
-    return CSS + line(summary) + table + line(size) + notes
+    found = doctor.diagnosis([row.problem for row in rows], question.settings, question.free_bytes)
+    advice = "".join(line(escape(sentence)) for sentence in found.sentences)
+    return CSS + line(summary) + table + line(size) + advice + notes
 
 
 def last_generation(seen: Generation) -> str:

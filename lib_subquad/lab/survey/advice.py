@@ -68,7 +68,7 @@ def _aotriton(here: Situation) -> Advice | None:
     if not (known and here.unfused and here.torch >= (2, 5)) or _is_on(here, AOTRITON):
         return None
     words = (
-        f"Set {AOTRITON}=1 before the program starts: PyTorch has fused kernels for {here.architecture}, and runs them "
+        f"Set {AOTRITON}=1 before the program starts: PyTorch may have kernels for {here.architecture}, and runs them "
         "only then. Without it a step was seen to take 11.8 times as long, with 16 times the memory"
     )
     return Advice(words, "unsloth #8821, PyTorch PR #135869")
@@ -121,8 +121,8 @@ def _full_precision(here: Situation) -> Advice | None:
     if here.kind not in KINDS_WITH_HALF or here.dtype != "float32" or broken:
         return None
     return Advice(
-        "The model computes in float32; in half precision it takes half the memory and less time. Leave out --no-half, "
-        "--all-in-fp32 or --precision full, unless images are black without them",
+        "The model computes in float32; half precision takes half the memory and usually less time. Leave out "
+        "--no-half, --all-in-fp32 or --precision full, unless images are black without them",
         "the web UI's wiki, Command Line Arguments and Settings",
     )
 
