@@ -152,11 +152,11 @@ def fused_widths(device: torch.device) -> tuple[int, ...]:
     its = rules(device)
     if not its.fused_widths or os.environ.get(its.fused_off, "0") != "0":
         return ()
-    return its.fused_widths if _is_as_new(str(torch.__version__), its.fused_from) else ()
+    return its.fused_widths if is_as_new(str(torch.__version__), its.fused_from) else ()
 
 
 @cache
-def _is_as_new(version: str, wanted: str) -> bool:
+def is_as_new(version: str, wanted: str) -> bool:
     """Not so what was built on the way to the version that is wanted."""
     return TorchVersion(version) >= TorchVersion(wanted)
 

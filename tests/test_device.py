@@ -145,6 +145,8 @@ def test_apples_fused_kernel_and_heads_that_are_padded_for_it(
     pretend, reference, width, value_width, engine, settings, mask
 ):
     """Contiguous, in the chunks that its kernel takes, and within the caps."""
+    if mask is not None and not fused.MASKS_ARE_RIGHT:
+        pytest.skip("this torch's kernel, which plays Apple's, makes NaN of rows that may attend to nothing")
     tensors = small(width, value_width)
     seen = torch.rand(1, 1, 40, 50) > 0.4
     seen[..., 3, :] = False

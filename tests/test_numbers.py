@@ -140,5 +140,6 @@ def test_a_score_past_the_largest_half(dtype):
     for settings in PLANS.values():
         output = attention(query, key, value, settings=settings)
         torch.testing.assert_close(output, value[:, :, 11:12].expand_as(output))
-    traced = torch.jit.trace(attention, (query, key, value), check_trace=False)  # PyTorch's own operators, no plan
-    torch.testing.assert_close(traced(query, key, value), output)
+    if pytorch_has(dtype):  # 2.1 has no half on the CPU, and ends the process where that is traced
+        traced = torch.jit.trace(attention, (query, key, value), check_trace=False)  # PyTorch's operators, no plan
+        torch.testing.assert_close(traced(query, key, value), output)

@@ -130,15 +130,6 @@ def test_a_torch_that_makes_nan_of_masked_rows(monkeypatch):
     assert plan_sd15().engine == "fused"
 
 
-@pytest.mark.usefixtures("the_two", "fused_kernel")
-def test_a_torch_that_makes_nan_of_large_scores_in_half(monkeypatch):
-    monkeypatch.setattr(fused, "HALF_SCORES_ARE_RIGHT", False)
-    made = plan_sd15(dtype=torch.float16)
-    assert made.engine == "portable" and "scores past 65,504 would be NaN in float16" in made.reasons[0]
-    assert plan_sd15().engine == "fused"
-    assert plan_sd15(dtype=torch.float16, upcast=True).engine == "fused"
-
-
 @pytest.mark.usefixtures("the_two")
 @pytest.mark.parametrize(
     "kind, words",

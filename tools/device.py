@@ -173,7 +173,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """It and what it has begun."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
         elif process.poll() is None:
             subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
     process.wait()

@@ -62,8 +62,6 @@ def why_no_kernel(problem: Problem) -> list[str]:
         reasons.append("the mask needs a gradient, which no fused kernel gives")
     if not problem.batch * problem.heads:  # on torch 2.11 the CPU's kernel divides by their number: SIGFPE
         reasons.append("there are no heads")
-    if _makes_nan(problem.upcast_dtype, problem.device):
-        reasons.append(f"torch {torch.__version__}: scores past 65,504 would be NaN in float16")
     if would_be_rounded(problem.mask_dtype, problem.upcast_dtype):
         reasons.append(f"the mask's {str(problem.mask_dtype).removeprefix('torch.')} would be rounded for the kernel")
     if _too_large(problem, min(problem.queries, whole.SMALLEST_QUERY_CHUNK)):
@@ -328,15 +326,6 @@ def _masks_are_right() -> bool:
     return not F.scaled_dot_product_attention(token, token, token, attn_mask=nothing).isnan().any()
 
 
-def _half_scores_are_right() -> bool:
-    """Whether the CPU's kernel can have scores past the largest float16: NaN on torch 2.4.1, right on 2.13."""
-    token = torch.full((1, 1, 1, 8), 256.0, dtype=torch.float16, device="cpu")
-    try:
-        return bool(F.scaled_dot_product_attention(token, token, token).isfinite().all())
-    except RuntimeError:  # torch 2.1 has no attention in half on the CPU, and says so when it is asked for a kernel
-        return True
-
-
 @lru_cache(maxsize=1024)
 def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
     """Ask PyTorch which kernel it would run for tensors of these sizes; *math* means that none is fused.
@@ -400,4 +389,6 @@ _without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes",
 # Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
 TAKES_SCALE = _takes_scale()
 MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()
-HALF_SCORES_ARE_RIGHT = _half_scores_are_right()
+# Scores past the largest float16 are NaN on the CPU of torch 2.4.1, right on 2.13. Whoever plans compares a small call
+# (`trust`); a trace can not, and asking here would start PyTorch's threads in a process that may fork.
+HALF_SCORES_ARE_RIGHT = devices.is_as_new(str(torch.__version__), "2.13")

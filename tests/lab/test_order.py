@@ -127,7 +127,7 @@ def test_plan_goes_by_it(main, path, checkpoint):
     fill(path, **{"w40": Found(LAST, 128, 128, 1.3)})
     calls = CALLS._replace(dtype="float32", value_dtype="float32", queries=10, keys=10)
     path.write_text(
-        file.read(path).with_found(order.machine(CPU), {calls: Found(LAST, 128, 128, 1.3)}).to_json(), "utf-8"
+        file.read(path).with_found(order.machine(CPU), {calls: Found(LAST, 128, 128, 1.3)}).to_json(), encoding="utf-8"
     )
     status, told = main("--checkpoint", checkpoint, "--size", "256", name="plan")
     (row,) = [line for line in told.splitlines() if "U-Net, self" in line and "16 x 40" in line]

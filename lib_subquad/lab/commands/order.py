@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...console import UserError
+from ...console import UserError, say
 from ...engines import order
 from ...engines.table import Machine
 from ..measured import file, rounds
@@ -58,14 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show(device: torch.device, path: Path) -> None:
     here, found = order.machine(device), order.all_found(device)
-    print(f"On {_machine_in_words(here)}, by {path}:")
+    say(f"On {_machine_in_words(here)}, by {path}:")
     for calls, its in found.items():
-        print(f"  {calls_in_words(calls)}: {found_in_words(its)}")
+        say(f"  {calls_in_words(calls)}: {found_in_words(its)}")
     if not found:
-        print("  nothing has been measured: automatic follows fixed rules")
+        say("  nothing has been measured: automatic follows fixed rules")
     for machine, others in order.table().machines.items():
         if machine != here and others:
-            print(f"Not gone by here: {_kinds(len(others))}, on {_machine_in_words(machine)}")
+            say(f"Not gone by here: {_kinds(len(others))}, on {_machine_in_words(machine)}")
 
 
 def _kinds(count: int) -> str:
@@ -83,7 +83,7 @@ def _forget(device: torch.device, path: Path, everywhere: bool) -> int:
     count = sum(map(len, machines.values())) if everywhere else len(machines.get(here, {}))
     if not file.forget(path, None if everywhere else here):
         return 1
-    print(f"Forgotten: {_kinds(count)}. Automatic follows fixed rules{'' if everywhere else ' on this device'}.")
+    say(f"Forgotten: {_kinds(count)}. Automatic follows fixed rules{'' if everywhere else ' on this device'}.")
     return 0
 
 
@@ -91,20 +91,20 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
     asked = question.read(arguments, MEASURE)
     problems = rounds.worth_measuring([(row.problem, row.layers) for row in asked.rows()], asked.settings)
     if not problems:
-        print("There is one way only to compute these calls here: nothing to measure.")
+        say("There is one way only to compute these calls here: nothing to measure.")
         return 0
     most = rounds.seconds_for(asked.device) * len(problems)
-    print(f"Measuring {_kinds(len(problems))}, for {most:.0f} s at the most")
+    say(f"Measuring {_kinds(len(problems))}, for {most:.0f} s at the most")
     start = time.perf_counter()
-    found = rounds.measured(problems, asked.settings, most, lambda words: print(f"  {words}", flush=True))
-    print(f"Measured in {time.perf_counter() - start:.1f} s:")
+    found = rounds.measured(problems, asked.settings, most, lambda words: say(f"  {words}"))
+    say(f"Measured in {time.perf_counter() - start:.1f} s:")
     for calls, its in found.items():
-        print(f"  {calls_in_words(calls)}: {found_in_words(its)}")
+        say(f"  {calls_in_words(calls)}: {found_in_words(its)}")
     if missing := len(problems) - len(found):
-        print(f"  of {_kinds(missing)} nothing is known: there was too little time or memory")
+        say(f"  of {_kinds(missing)} nothing is known: there was too little time or memory")
     if not found:
         return 1
     if not file.add(path, order.machine(asked.device), found):
         return 1
-    print(f"Kept in {path}")
+    say(f"Kept in {path}")
     return 0

@@ -25,7 +25,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
     import msvcrt
+except ImportError:
+    msvcrt = None  # type: ignore[assignment]
 
 NAME = "subquad_measured.json"
 PATIENCE = 5.0  # seconds to wait for another process that writes
