@@ -19,9 +19,12 @@ def same_numbers_every_time():
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_measured(monkeypatch):
-    """An image waits for no measurement, in tests of something else."""
-    monkeypatch.setattr(rounds, "unknown", lambda problems, settings: [])
+def nothing_is_measured():
+    """An image waits for no measurement, in tests of something else. A monkeypatch of its own: that of a test is to be
+    undone before the host's classes get their own forwards back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "unknown", lambda problems, settings: [])
+        yield
 
 
 @pytest.fixture
