@@ -27,7 +27,8 @@ def test_the_plan_of_the_loaded_checkpoint(server, model):
     answer = server.call("/subquad/v1/plan?width=512&height=768&batch=2")
     rows = answer["rows"]
     assert family in answer["family"]
-    assert answer["largest_image"][0] > 512
+    limited = model.kind == "SD 3"  # has places for no larger image, however much memory there is
+    assert answer["largest_image"] == [512, 768] if limited else answer["largest_image"][0] > 512
     assert sum(row["layers"] for row in rows if row["part"] == part) == model.layers
     first = max(rows, key=lambda row: row["query_tokens"] * (row["part"] == part))
     assert first["query_tokens"] == tokens
