@@ -44,9 +44,13 @@ class Grid:
     problem: Problem
     seconds: dict[Candidate, list[float]] = field(default_factory=dict)
 
-    def measure(self, count: int) -> None:
+    def measure(self, count: int, own: Found | None) -> None:
+        """So many rounds of the grid, and of what *automatic* has chosen by itself."""
         query, key, value, _ = tensors(self.problem)
         left = candidates(self.problem)
+        if own is not None:
+            how = Settings(engine=own.engine, query_chunk=own.query_chunk, kv_chunk=own.kv_chunk, measure=False)
+            left.setdefault(Candidate(own.engine, own.query_chunk, own.kv_chunk), how)
         for settings in left.values():
             attention(query[:, :, :64], key, value, settings=settings)
         for number in range(count):
@@ -111,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     waited = time.perf_counter() - start
     with torch.no_grad():
         for grid in grids:
-            grid.measure(given.rounds)
+            grid.measure(given.rounds, found.get(class_of(grid.problem)))
     say(tables.of_cells([_cells(grid, found) for grid in grids], left={"Shape", "Chosen", "Automatic's own"}))
     chosen = [grid.beside_the_best(grid.chosen()) for grid in grids]
     say(f"\nChosen: {statistics.geometric_mean(chosen):.3f} × the best in the mean, {max(chosen):.3f} at most.")

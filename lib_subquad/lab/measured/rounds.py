@@ -39,6 +39,7 @@ HOPELESS = (2.0, 1.25)
 VERY_SLOW, COSTLY = 4, 0.1
 MOST_ROUNDS = 25
 SHORT = 2e-3  # seconds: shorter calls are timed several in a row
+SURE = 0.6  # of the time is planned
 FEW = 256  # queries
 SYNCHRONIZED = ("cpu", "cuda", "mps", "xpu")
 
@@ -225,9 +226,11 @@ class _Comparison:
     def _within_time(self, took: float, few: int) -> tuple[list[Candidate], int]:
         """As many candidates as there is time for, if but on a few queries; and how many queries there is time for."""
         calls_of_few = (self.until - time.perf_counter()) / took
-        most = int(calls_of_few / (FEWEST_ROUNDS + 2))
+        most = int(calls_of_few / (FEWEST_ROUNDS * 2))
         able = list(self.candidates)[: max(most, 2)]
-        rows = few * calls_of_few / (len(able) * 2 + FEWEST_ROUNDS * 3)
+        # A first call of each of a few queries, two rounds of all, and then of the three that are left on the average;
+        # what is left of the time is for those that are slower than the first.
+        rows = few * SURE * (calls_of_few - len(able)) / (len(able) * 2 + FEWEST_ROUNDS * 3)
         return able, min(self.problem.queries, max(few, round(rows)))
 
     def _rounds(self, calls: dict[Candidate, Callable[[], Tensor | None]]) -> None:
