@@ -74,6 +74,7 @@ def nothing_is_known_yet():
     yield
     lib_subquad.forget()
     order.go_by(Table())
+    order.machine.cache_clear()
 
 
 @pytest.fixture
