@@ -339,9 +339,9 @@ def test_masks_so_large_that_digits_of_scores_are_lost_are_no_engines_fault(firs
 
 def test_what_a_row_of_nothing_gives_is_looked_at():
     """However large the numbers of its mask are."""
-    query, key, value = torch.randn(3, 4, 8)
+    query, key, value = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     found = truth.attend(query, key, value, torch.full((4, 4), -torch.inf), 1.0)
-    assert not found.rows.any() and found.allowed.max() < 1e-3
+    assert not found.rows.any() and found.allowed.max() < 1e-4
     assert found.wrong_by(found.rows.float() + 0.01)
 
 
