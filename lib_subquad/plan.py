@@ -156,8 +156,8 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
 
 def _is_its_tile(found: Found, made: Plan, problem: Problem) -> bool:
     """Whether the tile that was measured fits: the memory limit may leave less."""
-    wanted = min(found.query_chunk, problem.queries), min(found.kv_chunk, problem.keys)
-    return not found.has_tile or wanted == (made.query_chunk, made.kv_chunk)
+    queries, keys = min(found.query_chunk, problem.queries), min(found.kv_chunk, problem.keys)
+    return queries in (0, made.query_chunk) and keys in (0, made.kv_chunk)
 
 
 def measured(problem: Problem, settings: Settings) -> Found | None:

@@ -72,8 +72,13 @@ def test_a_finding_changes_the_tile():
     measured(Found("one", 128, 256, 1.3))
     made = planned()
     assert (made.engine, made.query_chunk, made.kv_chunk, made.reasons) == ("one", 128, 256, (REASON,))
-    measured(Found("two", 0, 256, 1.3))
-    assert planned().sizes == planned(Settings(kv_chunk=256)).sizes
+
+
+@pytest.mark.parametrize("tile", [{"query_chunk": 64}, {"kv_chunk": 256}], ids=["of queries", "of keys"])
+def test_a_finding_changes_chunks_of_one_kind(tile):
+    measured(Found("two", **tile, margin=1.3))
+    made = planned()
+    assert made.sizes == planned(Settings(engine="two", **tile)).sizes and made.measured is not None
 
 
 def test_that_the_rules_are_the_fastest_changes_nothing():

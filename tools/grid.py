@@ -11,7 +11,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -34,6 +34,7 @@ SHAPES = ("sd15-512", "2,8,1024,1024,80", "sd15-512-cross77", "sdxl-1024", "2,20
 QUERY_CHUNKS = (256, 512, 1024)
 KV_CHUNKS = (256, 512, 1024)
 HOPELESS = 1.3  # times as long as the fastest of the first round
+SHORT = 0.1  # seconds: of shorter calls a round takes several, and the least counts
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Grid:
         for number in range(count):
             for candidate in list(left)[:: 1 if number % 2 == 0 else -1]:
                 call = partial(attention, query, key, value, settings=left[candidate])
-                self.seconds.setdefault(candidate, []).append(meter.measure(call, self.problem.device)[0])
+                self.seconds.setdefault(candidate, []).append(_seconds(call, self.problem.device))
             if number == 0:
                 most = HOPELESS * min(taken[0] for taken in self.seconds.values())
                 first = next(iter(left))
@@ -71,6 +72,14 @@ class Grid:
         its = Candidate(found.engine, found.query_chunk, found.kv_chunk)
         judged = {it: statistics.median(taken[1::2]) for it, taken in self.seconds.items()}
         return judged[its] / min(judged.values()) if its in judged else math.nan
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call; of short ones the least of several, for what disturbs them makes none faster."""
+    taken = [meter.measure(call, device)[0]]
+    while sum(taken) < SHORT:
+        taken.append(meter.measure(call, device)[0])
+    return min(taken)
 
 
 def candidates(problem: Problem) -> dict[Candidate, Settings]:

@@ -141,6 +141,14 @@ def test_one_that_takes_other_tiles_faster(clock):
     assert plan_problem(its, Settings()).kv_chunk == by_rules.kv_chunk // 2
 
 
+def test_where_keys_are_few_chunks_of_queries_are_tried():
+    its = problem(keys=64, queries=4096)
+    wanted = [it.query_chunk for it in rounds.candidates(its, Settings()) if it.engine == "portable"]
+    own, *others = (plan_problem(its, Settings(engine="portable", query_chunk=size)).sizes for size in wanted)
+    assert {own.keys, *(sizes.keys for sizes in others)} == {64}
+    assert [own.queries // sizes.queries for sizes in others] == [2, 4]
+
+
 def test_from_measuring_to_automatic(among):
     among(one=1.5e-4, two=1e-4)
     (asked,) = rounds.unknown([(problem(), 16)], Settings())

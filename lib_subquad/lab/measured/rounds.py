@@ -41,6 +41,7 @@ MOST_ROUNDS = 25
 SHORT = 2e-3  # seconds: shorter calls are timed several in a row
 SURE = 0.6  # of the time is planned
 FEW = 256  # queries
+SMALLEST = 64  # chunk that is tried
 SYNCHRONIZED = ("cpu", "cuda", "mps", "xpu")
 
 _tried: set[tuple[Machine, Class]] = set()
@@ -140,20 +141,24 @@ def candidates(problem: Problem, settings: Settings) -> dict[Candidate, Settings
         if made.engine != engine.NAME:
             continue
         able.setdefault(Candidate(engine.NAME), named)
-        for queries, keys in _tiles(made) if engine.SPLITS_KEYS else ():
+        for queries, keys in _tiles(made, problem.keys) if engine.SPLITS_KEYS else ():
             tiled = replace(named, query_chunk=queries, kv_chunk=keys)
             if plan_problem(problem, tiled).sizes != made.sizes:
                 tiles.setdefault(Candidate(engine.NAME, queries, keys), tiled)
     return able | tiles
 
 
-def _tiles(made: Plan) -> Iterator[tuple[int, int]]:
-    """Chunks of half and of twice the sizes that an engine picks itself."""
-    for queries, keys in ((2, 1), (1, 2), (2, 2), (0.5, 1), (1, 0.5)):
-        yield (
-            min(max(round(made.query_chunk * queries), 64), CHUNK_MAX),
-            min(max(round(made.kv_chunk * keys), 64), CHUNK_MAX),
-        )
+def _tiles(made: Plan, keys: int) -> Iterator[tuple[int, int]]:
+    """Chunks of half and of twice the sizes that an engine picks itself; of queries above all where it takes all keys
+    in one go."""
+    of_both, of_queries = ((2, 1), (1, 2), (2, 2), (0.5, 1), (1, 0.5)), ((2, 0), (0.5, 0), (0.25, 0), (1, 0.5))
+    for times_queries, times_keys in of_both if made.kv_chunk < keys else of_queries:
+        yield _chunk(made.query_chunk * times_queries), _chunk(made.kv_chunk * times_keys)
+
+
+def _chunk(size: float) -> int:
+    """In the range of the settings; 0 stays: the size that the engine picks itself."""
+    return min(max(round(size), SMALLEST), CHUNK_MAX) if size else 0
 
 
 class _Comparison:
