@@ -85,7 +85,7 @@ def attention(
             mask = as_small_as_it_is(mask)
     call = call_for(query, key, value, mask, settings)
     leading, scale = query.shape[:-2], call.problem.width**-0.5 if scale is None else scale
-    query, key, value = (with_four_dimensions(tensor) for tensor in (query, key, value))
+    query, key, value = [with_four_dimensions(tensor) for tensor in (query, key, value)]
     mask = None if mask is None else mask_with_four_dimensions(mask, leading)
     chunks = Chunks(call.problem, call.plan, settings)
     output = None
