@@ -83,7 +83,7 @@ def test_every_peer_is_exact(name):
             output = attend(query, key, value)
     except (peers.Unsupported, NotImplementedError) as error:
         words = ("not installed", "cannot be loaded", "has no kernels for cpu", "does not let one choose")
-        words += ("has no cuDNN", "takes these widths as they are")
+        words += ("has no cuDNN", "does not run on cpu", "takes these widths as they are")
         missing = any(word in str(error) for word in words) or (name == "fused" and not fused.TAKES_SCALE)
         elsewhere = name in ("sdpa-efficient", "sdpa-cudnn")  # neither of these knows a CPU
         if not elsewhere and not missing:
