@@ -119,6 +119,34 @@ def test_what_fitted_by_the_rules_is_planned_anew():
     assert made[0].sizes == made[1].sizes != made[2].sizes
 
 
+def test_what_is_measured_for_other_calls_forgets_no_out_of_memory(monkeypatch):
+    """Nor does what is measured for this one and leaves it as it was."""
+    given, made, engine = torch.randn(3, *SHAPE), [], order.engines()[0]
+    attend, exhausted = engine.attend, []
+
+    def short_of_memory(problem, sizes, *others):
+        if problem == PROBLEM and sizes.queries == SHAPE[2]:
+            exhausted.append(sizes)
+            raise RuntimeError("out of memory")
+        return attend(problem, sizes, *others)
+
+    monkeypatch.setattr(engine, "attend", short_of_memory)
+    attention(*given, report=made.append)
+    before = len(exhausted)
+    for calls, found in (
+        (replace(PROBLEM, keys=77), FASTER),
+        (replace(PROBLEM, width=40), FASTER),
+        (PROBLEM, Found("one")),
+    ):
+        order.go_by(order.table().with_found(order.machine(CPU), {class_of(calls): found}))
+        attention(*given, report=made.append)
+    assert [(it.engine, it.retries) for it in made] == [("one", before)] + [("one", 0)] * 3
+    assert len(exhausted) == before > 0
+    order.go_by(order.table().with_found(order.machine(CPU), {class_of(PROBLEM): FASTER}))
+    attention(*given, report=made.append)
+    assert made[-1].engine == "two"  # whose sizes are its own
+
+
 def test_another_table_makes_nobody_compare_engines_again(monkeypatch):
     calls, engine = [], order.engines()[0]
     attend = engine.attend
