@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +11,7 @@ import torch
 from .. import identity, settings
 from ..problem import Problem
 from . import cudnn, flash_attn, fused, padded, portable, sage, xformers
-from .base import Engine, check_engine, is_installed
+from .base import Engine, check_engine, is_installed, version
 from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
@@ -166,14 +164,7 @@ def _seen(told: str) -> str:
 
 def _versions() -> str:
     """The engines that can be had, each with its package's version."""
-    told = []
-    for engine in filter(is_installed, _engines):
-        version = ""
-        if hasattr(engine, "installed"):
-            with contextlib.suppress(Exception):  # it came without its metadata
-                version = f" {importlib.metadata.version(engine.NAME)}"
-        told.append(engine.NAME + version)
-    return _seen(", ".join(told))
+    return _seen(", ".join(f"{engine.NAME} {version(engine)}".strip() for engine in usable()))
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:

@@ -45,6 +45,7 @@ PACKAGE = Package(
     ],
 )
 installed = PACKAGE.installed
+version = PACKAGE.version
 
 MASK_ALIGNMENT = 8  # elements: ops/fmha/cutlass.py, _check_bias_alignment()
 LOGSUMEXP_ALIGNMENT = 32  # rows: csrc/attention/cuda/fmha/kernel_forward.h, kAlignLSE
