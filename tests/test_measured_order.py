@@ -237,6 +237,19 @@ def test_an_engine_that_there_is_not_is_ignored(name):
     assert order.all_found(CPU) == {}
 
 
+@pytest.mark.parametrize("tile", [(16, 0), (64, 0), (255, 0), (0, 128), (512, 128), (16, 16)], ids=str)
+def test_a_tile_that_an_engine_has_none_of_is_ignored(tile):
+    """One that takes all keys at once is asked for a few hundred queries at least; the next measurement says better."""
+    order.engines()[1].SPLITS_KEYS = False
+    measured(Found("two", *tile, margin=3.0))
+    assert order.found(PROBLEM) is None and chosen(planned()) == BY_RULES and order.all_found(CPU) == {}
+    for right in ((0, 0), (256, 0), (1024, 0)):
+        measured(Found("two", *right, margin=1.3))
+        assert chosen(planned()) == ("two", (REASON,))
+    measured(Found("three", *tile, margin=1.3))
+    assert planned().engine == "three"
+
+
 def test_an_inexact_engine_is_not_taken_unasked():
     """Whatever the file says."""
     order.engines()[1].EXACT = False
