@@ -162,14 +162,26 @@ def is_as_new(version: str, wanted: str) -> bool:
 
 
 def switches() -> tuple[bool, ...]:
-    """Which of PyTorch's fused kernels the user or the host has left switched on."""
-    return tuple([switch() for switch in _SWITCHES])  # asked at every call: a generator takes half a microsecond more
+    """What of PyTorch's switches decides which kernel there is: of its fused kernels those that the user or the host
+    has left on, and whether only deterministic ones may be taken, of which cuDNN's is none (`check_cudnn_deterministic`
+    of ATen's transformers/cuda/sdp_utils.cpp)."""
+    return tuple([switch() for switch in _SWITCHES])  # at every call: an iterator would take longer
 
 
-_SWITCHES = [
+def are_fused_kernels_off() -> bool:
+    """Whether the user or the host has switched off all of PyTorch's."""
+    return not any(switch() for switch in _FUSED)
+
+
+_FUSED = [
     getattr(torch.backends.cuda, name)
     for name in ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "cudnn_sdp_enabled")
     if hasattr(torch.backends.cuda, name)  # the last is newer than torch 2.1.2
+]
+_SWITCHES = [
+    *_FUSED,
+    getattr(torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled),
+    getattr(torch._C, "_get_deterministic_algorithms_warn_only", torch.is_deterministic_algorithms_warn_only_enabled),
 ]
 
 

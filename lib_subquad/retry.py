@@ -11,16 +11,19 @@ from . import console, memory, recorded, refusals, trust
 from . import device as devices
 from .engines import order
 from .engines.base import UselessResult
-from .plan import Plan, candidates, limit_bytes, plan_problem, why_it_cannot, with_sizes
+from .engines.table import Found
+from .plan import Plan, candidates, limit_bytes, measured, plan_problem, why_it_cannot, with_sizes
 from .problem import Problem
 from .settings import Settings
 
 # Once a process: the fifty layers of a step tell the same story, and each image's infotext has it.
 warn_once = cache(console.warn)
 
+# What decides of a call; its finding among it, and no other: what is measured for other calls changes nothing here.
+Decided = tuple[Problem, Settings, tuple[bool, ...], int, "Found | None"]
 # Plans that were found to fit, and the free memory at which the planner's own had not. Entries are replaced whole, so
 # that the thread which draws live previews needs no lock.
-_remembered: dict[tuple[Problem, Settings, tuple[bool, ...], int], tuple[Plan, int]] = {}
+_remembered: dict[Decided, tuple[Plan, int]] = {}
 # Where an engine's gradients are left to PyTorch, and to what it keeps for them.
 _left_to_pytorch: set[tuple[str, Problem]] = set()
 GROWN = 1.05  # free memory has grown when it is this much more than what did not suffice
@@ -29,7 +32,7 @@ GROWN = 1.05  # free memory has grown when it is this much more than what did no
 def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
     """The plan for a call: what was found to fit last time, until free memory has grown or the limit is below it. Where
     gradients are wanted `free` is all that there is, which never grows."""
-    key = problem, settings, devices.switches(), order.changes()
+    key = _decided(problem, settings)
     found = _remembered.get(key)
     if found is not None:
         made, failed_at = found
@@ -38,6 +41,10 @@ def plan_for(problem: Problem, settings: Settings, free: int) -> Plan:
         elif not refusals.of(problem, made.engine) and made.workspace_bytes <= limit_bytes(problem, settings, free):
             return made
     return plan_problem(problem, settings, free)
+
+
+def _decided(problem: Problem, settings: Settings) -> Decided:
+    return problem, settings, devices.switches(), order.engine_changes(), measured(problem, settings)
 
 
 def forget() -> None:
@@ -138,9 +145,8 @@ class Attempts:
             warn_once("[subquad] out of memory: going on with smaller chunks")
             memory.forget()
             free = memory.reading(self.problem.device, self.problem.grad).bytes
-            key = self.problem, self.settings, devices.switches(), order.changes()
             if not self.plan.reruns:  # another call may come to the other engine, whose sizes are its own
-                _remembered[key] = (replace(self.plan, retries=0), free)
+                _remembered[_decided(self.problem, self.settings)] = (replace(self.plan, retries=0), free)
         memory.forget()  # a call that is known, or was planned meanwhile, is planned anew with what was found
 
     def remember_refusals(self) -> None:

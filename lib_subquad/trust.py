@@ -29,6 +29,7 @@ BATCH, HEADS, QUERIES, KEYS = 2, 2, 72, 88
 ROOM = 1 << 40  # bytes: what a small call takes is no question of the memory limit
 LARGE = 256.0  # whose square is past the largest float16
 MOST_GOOD = 4096  # calls that are known to be right
+LONGEST_PAUSE = 256  # plans between two tries of a look that cannot be had
 SAMPLED_ROWS = 4  # of each of three heads, the first and the last among them
 
 
@@ -50,26 +51,53 @@ class Sample(NamedTuple):
     state: tuple[object, ...]
 
 
+class _Pauses:
+    """Looks that could not be had, such as for want of memory on the host: each is tried again at the next plan, then
+    at the second after that, the fourth, and so on; never given up, and never what every plan waits for."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Kind | Sample, tuple[int, int]] = {}  # plans yet to pass, and how many those were at first
+
+    def is_due(self, look: Kind | Sample) -> bool:
+        """Whether it is to be tried by the plan that asks."""
+        left, pause = self._waiting.get(look, (0, 0))
+        if left:
+            self._waiting[look] = left - 1, pause
+        return not left
+
+    def tried(self, look: Kind | Sample, in_vain: bool) -> None:
+        _, pause = self._waiting.pop(look, (0, 0))
+        if in_vain:
+            if len(self._waiting) >= MOST_GOOD:
+                self._waiting.clear()
+            self._waiting[look] = pause, min(2 * pause + 1, LONGEST_PAUSE)
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+
 class _CannotLook(Exception):
     """The rows of a result cannot be had: no memory for their copies, or a device that gives no rows."""
 
 
 _verdicts: dict[Kind, tuple[str, ...]] = {}
 _good: set[Sample] = set()
+_pauses = _Pauses()
 
 
 def why_not(engine: Engine, problem: Problem) -> list[str]:
     """Why this engine, which says that it can do `problem`, is not to be trusted with it; empty where it can be.
 
     Asked for the first time it computes a small call of that kind. Neither running out of memory nor a device that
-    cannot be used from here is an answer to remember.
+    cannot be used from here is an answer to remember: it is tried again, the longer in vain the less often.
     """
     if _is_taken_as_it_is(engine):
         return []
     kind = Kind(engine.NAME, _small(problem), _state())
     verdict = _verdicts.get(kind)
-    if verdict is None and not engine.why_not(kind.problem) and _can_be_tried():
+    if verdict is None and not engine.why_not(kind.problem) and _can_be_tried() and _pauses.is_due(kind):
         verdict = _tried(engine, kind.problem)
+        _pauses.tried(kind, in_vain=verdict is None)
         if verdict is not None:
             _verdicts[kind] = verdict
             if verdict:
@@ -89,7 +117,7 @@ def check(
 ) -> None:
     """Look at a few rows of what an engine gave for these, all in four dimensions, unless it was done before.
 
-    Where the rows cannot be had nothing is said of the call, and the next one that is planned is looked at.
+    Where the rows cannot be had nothing is said of the call, and a later one that is planned is looked at.
 
     Raises:
         refusals.WrongResult: they are not what they should be.
@@ -98,13 +126,14 @@ def check(
         return
     strides = tuple(tensor.stride() for tensor in (query, key, value, mask) if tensor is not None)
     sample = Sample(engine.NAME, problem, query.shape[2], strides, _state())
-    if sample in _good or not output.numel() or not _can_be_tried():
+    if sample in _good or not output.numel() or not _can_be_tried() or not _pauses.is_due(sample):
         return
     try:
         with _unseen(problem.device):
             wrong = _wrong(query, key, value, mask, scale, output)
     except _CannotLook:
-        return
+        return _pauses.tried(sample, in_vain=True)
+    _pauses.tried(sample, in_vain=False)
     if wrong:
         raise refusals.WrongResult(f"the {engine.NAME} kernel gave wrong results for these sizes: {_by(wrong)}")
     if len(_good) >= MOST_GOOD:
@@ -128,6 +157,7 @@ def forget() -> None:
     """Compare again, whatever was found."""
     _verdicts.clear()
     _good.clear()
+    _pauses.clear()
     _warn_once.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from . import device as devices
 
 BLOCK = 1 << 13  # numbers in float64 at a time: the truth must not need more memory than the call that it judges
+# Numbers that come from a device at a time: rows that do not lie together it copies there first, where memory is short.
+COPIED = 1 << 16
 
 # How much rounding moves a number, relative to it. A kernel may scale queries and round weights in the dtype of its
 # inputs; float32 may go through TF32 or bfloat16 where that is allowed, and everywhere but on the CPU it may be.
@@ -50,13 +53,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         lost; softmax of scores that are moved by d differs by a factor of exp(2d) at the most.
     """
     units = unit(key), unit(value)
-    query, key, value = _exact(query) * scale, key.detach().to("cpu"), value.detach().to("cpu")
+    query = _exact(query) * scale
     scores = query.new_empty(query.shape[0], key.shape[0])
     products = query.new_zeros(query.shape[0], 1)
-    block = max(BLOCK // max(key.shape[-1], value.shape[-1]), 1)
-    for start in range(0, key.shape[0], block):
-        keys = _exact(key[start : start + block])
-        scores[:, start : start + block] = query @ keys.T
+    for some, keys in _in_blocks(key):
+        scores[:, some] = query @ keys.T
         products = products.maximum((query.square() @ keys.square().T).amax(-1, keepdim=True).sqrt())
     if mask is not None:
         mask = mask.detach().to("cpu")
@@ -67,9 +68,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     lost = scores.amax(-1, keepdim=True).abs() * torch.finfo(devices.compute_dtype(key.dtype)).eps
     rows = query.new_zeros(query.shape[0], value.shape[-1])
     largest = 0.0
-    for start in range(0, key.shape[0], block):
-        values = _exact(value[start : start + block])
-        rows += weights[:, start : start + block] @ values
+    for some, values in _in_blocks(value):
+        rows += weights[:, some] @ values
         largest = max(largest, values.abs().max().item())
     moved = SLACK * (units[0] * (products + 1) + lost)
     return Truth(rows, (torch.expm1(2 * moved).clamp(max=LARGEST) + SLACK * units[1]) * largest)
@@ -101,6 +101,16 @@ def unit(tensor: Tensor) -> float:
     """How much rounding may move one of the numbers that a kernel makes of it, relative to that number."""
     precise = tensor.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     return UNITS[tensor.dtype] if precise or tensor.dtype != torch.float32 else UNIT_OF_TF32
+
+
+def _in_blocks(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a tensor [rows, width] in float64, few at a time, and which they are."""
+    block, copied = (max(numbers // max(tensor.shape[-1], 1), 1) for numbers in (BLOCK, COPIED))
+    for first in range(0, tensor.shape[0], copied):
+        piece = tensor[first : first + copied].detach().to("cpu")
+        for start in range(0, piece.shape[0], block):
+            rows = _exact(piece[start : start + block])
+            yield slice(first + start, first + start + rows.shape[0]), rows
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ OUT_OF_MEMORY = "card: out of memory. Tried to allocate 1.50 GiB"
 REFUSAL = "card error: invalid configuration argument"
 
 _watching: list[list[str]] = []
+_weighing: list[list[int]] = []
 
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -203,6 +204,32 @@ def watched() -> Iterator[list[str]]:
         _watching.remove(seen)
 
 
+@contextlib.contextmanager
+def weighed() -> Iterator[list[int]]:
+    """How many bytes each tensor takes that is made on such a device meanwhile; also what does not lie together, when
+    it is copied from there: PyTorch puts it together on the device first."""
+    made: list[int] = []
+    _weighing.append(made)
+    try:
+        yield made
+    finally:
+        _weighing.remove(made)
+
+
+def _weigh(operator: str, given: list[OnDevice], made: Any, device: torch.device) -> None:
+    known = {it.inside.untyped_storage().data_ptr() for it in given}
+    for it in tree_flatten(made)[0] if device.type != "cpu" else ():
+        if isinstance(it, Tensor) and it.untyped_storage().data_ptr() not in known:
+            _made(it.numel() * it.element_size())
+    if operator == "_to_copy" and device.type == "cpu" and not given[0].is_contiguous():
+        _made(given[0].numel() * given[0].element_size())
+
+
+def _made(size: int) -> None:
+    for sizes in _weighing:
+        sizes.append(size)
+
+
 class OnDevice(Tensor):
     """A tensor of a device, whose numbers are in `inside`."""
 
@@ -247,6 +274,8 @@ class OnDevice(Tensor):
             _check_one_device(name, it, given[0])
         run = functools.partial(OWN[name], _card_kernel) if name in OWN else operator
         made = run(*tree_map(_inside, args), **tree_map(_inside, kwargs))
+        if _weighing:
+            _weigh(name, given, made, device)
         known = {id(it.inside): it for it in given}  # what is written in place stays the tensor that it is
         return tree_map(lambda it: _outside(it, device, known), made)
 

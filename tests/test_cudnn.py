@@ -65,6 +65,24 @@ def test_it_comes_first_and_all_others_stay_on(card, seen, reference, grad):
     torch.testing.assert_close(output.double(), reference(*given), atol=1e-5, rtol=0)
 
 
+def is_deterministic():
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@needs_the_switch
+def test_where_only_deterministic_kernels_may_be_taken(card, seen):
+    """PyTorch refuses cuDNN's then, for as long as that lasts, and does not where a warning is enough."""
+    card(lambda params: not is_deterministic())
+    plans, given = [], tensors()
+    try:
+        for mode in ("default", "error", "warn", "error", "default"):
+            torch.set_deterministic_debug_mode(mode)
+            attention(*given, settings=Settings(engine="cudnn"), report=plans.append)
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert [plan.engine == "cudnn" for plan in plans] == [True, False, True, False, True]
+
+
 @needs_the_switch
 def test_a_kernel_that_is_switched_off_stays_so(card, seen):
     card()

@@ -124,6 +124,34 @@ def test_what_fitted_by_the_rules_is_planned_anew():
     assert made[0].sizes == made[1].sizes != made[2].sizes
 
 
+def test_what_is_measured_for_other_calls_forgets_no_out_of_memory(monkeypatch):
+    """Nor does what is measured for this one and leaves it as it was."""
+    given, made, engine = torch.randn(3, *SHAPE), [], order.engines()[0]
+    attend, exhausted = engine.attend, []
+
+    def short_of_memory(problem, sizes, *others):
+        if problem == PROBLEM and sizes.queries == SHAPE[2]:
+            exhausted.append(sizes)
+            raise RuntimeError("out of memory")
+        return attend(problem, sizes, *others)
+
+    monkeypatch.setattr(engine, "attend", short_of_memory)
+    attention(*given, report=made.append)
+    before = len(exhausted)
+    for calls, found in (
+        (replace(PROBLEM, keys=77), FASTER),
+        (replace(PROBLEM, width=40), FASTER),
+        (PROBLEM, Found("one")),
+    ):
+        order.go_by(order.table().with_found(order.machine(CPU), {class_of(calls): found}))
+        attention(*given, report=made.append)
+    assert [(it.engine, it.retries) for it in made] == [("one", before)] + [("one", 0)] * 3
+    assert len(exhausted) == before > 0
+    order.go_by(order.table().with_found(order.machine(CPU), {class_of(PROBLEM): FASTER}))
+    attention(*given, report=made.append)
+    assert made[-1].engine == "two"  # whose sizes are its own
+
+
 def test_another_table_makes_nobody_compare_engines_again(monkeypatch):
     calls, engine = [], order.engines()[0]
     attend = engine.attend
@@ -212,6 +240,19 @@ def test_an_engine_that_there_is_not_is_ignored(name):
     measured(Found(name, 128, 128, 1.3))
     assert order.found(PROBLEM) is None and chosen(planned()) == BY_RULES
     assert order.all_found(CPU) == {}
+
+
+@pytest.mark.parametrize("tile", [(16, 0), (64, 0), (255, 0), (0, 128), (512, 128), (16, 16)], ids=str)
+def test_a_tile_that_an_engine_has_none_of_is_ignored(tile):
+    """One that takes all keys at once is asked for a few hundred queries at least; the next measurement says better."""
+    order.engines()[1].SPLITS_KEYS = False
+    measured(Found("two", *tile, margin=3.0))
+    assert order.found(PROBLEM) is None and chosen(planned()) == BY_RULES and order.all_found(CPU) == {}
+    for right in ((0, 0), (256, 0), (1024, 0)):
+        measured(Found("two", *right, margin=1.3))
+        assert chosen(planned()) == ("two", (REASON,))
+    measured(Found("three", *tile, margin=1.3))
+    assert planned().engine == "three"
 
 
 def test_an_inexact_engine_is_not_taken_unasked():

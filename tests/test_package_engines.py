@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -440,6 +441,43 @@ def test_it_is_looked_for_once(monkeypatch):
     for _ in range(3):
         assert not any(engine.installed() for engine in ENGINES.values())
     assert sorted(asked) == ["flash_attn", "sageattention", "xformers"]
+
+
+@pytest.mark.parametrize(
+    "name, distribution",
+    [
+        ("xformers 0.0.35", "xformers"),
+        ("flash-attn", "flash_attn"),
+        ("SageAttention 2", "sageattention"),
+        ("SageAttention 1", "sageattention"),
+    ],
+)
+def test_what_was_measured_holds_for_its_version(name, distribution, install, monkeypatch, tmp_path):
+    """By what pip calls it, which is not what we call it. Nothing is imported for it."""
+    engine, _ = install(name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = set()
+    for version in ("1.2.3", "1.2.4", ""):
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+        if version:
+            folder = tmp_path / f"{distribution}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
+            )
+        importlib.invalidate_caches()
+        order.machine.cache_clear()
+        engines = order.machine(torch.device("cpu")).engines.split(", ")
+        assert f"{engine.NAME} {version}".strip() in engines and engine.PACKAGE._module is None
+        found.add(tuple(engines))
+    order.machine.cache_clear()
+    assert len(found) == 3
+
+
+def test_every_engine_of_a_package_says_which_version_is_there():
+    for engine in order.engines():
+        assert hasattr(engine, "version") == hasattr(engine, "installed")
 
 
 def test_importing_us_looks_for_none_and_imports_none():

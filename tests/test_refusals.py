@@ -125,6 +125,26 @@ def test_it_is_remembered_for_pytorchs_switches_as_they_were(first, monkeypatch)
 
 
 @pytest.mark.usefixtures("fused_kernel")
+def test_what_is_refused_for_want_of_determinism_is_done_without(monkeypatch):
+    """As kernels do that have no deterministic implementation."""
+    engine = order.engines()[0]
+    attend = engine.attend
+
+    def attending(problem, *others):
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("attention does not have a deterministic implementation")
+        return attend(problem, *others)
+
+    monkeypatch.setattr(engine, "attend", attending)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert computed()[0].engine == names()[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert computed()[0].engine == names()[0]
+
+
+@pytest.mark.usefixtures("fused_kernel")
 def test_it_is_remembered_after_an_out_of_memory_too(monkeypatch):
     """Whose plan was remembered before."""
     engine = order.engines()[0]

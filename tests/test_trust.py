@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lib_subquad
-from lib_subquad import Settings, attention, plan, trust, truth
+from lib_subquad import Settings, attention, memory, plan, trust, truth
 from lib_subquad.engines import fused, order
 from lib_subquad.engines.base import ContractError
 from lib_subquad.problem import Problem
@@ -215,6 +215,54 @@ def test_a_look_that_failed_is_made_up_for(reference, first, monkeypatch):
         patch.setattr(truth, "attend", lambda *given: torch.empty(1 << 60))  # cannot allocate memory
         assert trust.why_not(order.engines()[0], Problem.of(*tensors())) == []
     assert computed(reference, tensors()).engine != order.names()[0]
+
+
+def no_memory(*given):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("failing", ["the truth", "the tensors"])
+def test_a_small_call_that_cannot_be_had_is_tried_ever_less_often(reference, first, monkeypatch, failing):
+    """And never given up: when there is memory again, what is wrong is found."""
+    made = first(lambda query, output: output + 0.01 * (query.shape[2] == trust.QUERIES))
+    engine, problem, answers, tried = order.engines()[0], Problem.of(*tensors()), [], []
+    with monkeypatch.context() as patch:
+        where, name = (truth, "attend") if failing == "the truth" else (trust, "tensors")
+        patch.setattr(where, name, lambda *given: tried.append(len(answers)) or no_memory())
+        while len(answers) < 2 * trust.LONGEST_PAUSE:
+            answers.append(trust.why_not(engine, problem))
+    assert not any(answers)
+    gaps = [later - earlier for earlier, later in zip(tried, tried[1:])]
+    assert gaps == sorted(gaps) and gaps[:4] == [1, 2, 4, 8] and len(tried) <= 10
+    made.clear()
+    found = [bool(trust.why_not(engine, problem)) for _ in range(trust.LONGEST_PAUSE + 1)]
+    assert found == sorted(found) and found[-1] and made == [trust.QUERIES]
+
+
+def test_a_look_at_a_real_call_that_cannot_be_had_is_tried_ever_less_often(reference, first, monkeypatch):
+    first(lambda query, output: output + 0.01 * (query.shape[2] > 256))
+    given, taken, tried = tensors((1, 2, 300, 8)), [], []
+    assert trust.why_not(order.engines()[0], Problem.of(*given)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(truth, "attend", lambda *them: tried.append(len(taken)) or no_memory())
+        while len(taken) < 64:
+            memory.forget()
+            attention(*given, report=taken.append)
+    assert tried[:5] == [0, 1, 3, 7, 15] and len(tried) <= 7
+    while len(taken) < 128:
+        memory.forget()
+        attention(*given, report=taken.append)
+    found = [it.engine != order.names()[0] for it in taken]
+    assert found == sorted(found) and found[-1] and not any(found[:64])
+
+
+def test_looks_that_cannot_be_had_are_not_counted_for_ever(first, monkeypatch):
+    first(right)
+    monkeypatch.setattr(trust, "MOST_GOOD", 3)
+    monkeypatch.setattr(truth, "attend", no_memory)
+    for queries in range(10, 20):
+        attention(*tensors((1, 1, queries, 8)))
+    assert 0 < len(trust._pauses._waiting) <= 3
 
 
 def test_a_lost_device_is_told(first):

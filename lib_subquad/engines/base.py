@@ -131,6 +131,10 @@ class PackagedEngine(Engine, Protocol):
     def installed(self) -> bool:
         """Whether the package is there; imports nothing."""
 
+    def version(self) -> str:
+        """Which version of it is there, where it has one; imports nothing. What was measured with another holds no
+        more."""
+
 
 class ReservedEngine(Engine, Protocol):
     """One that is not taken unasked for every problem that it can do: those who name it, or a measurement, still do.
@@ -148,6 +152,14 @@ class UselessResult(RuntimeError):
 def is_installed(engine: Engine) -> bool:
     """Whether what the engine needs is there."""
     return bool(getattr(engine, "installed", _always)())
+
+
+def version(engine: Engine) -> str:
+    """Which version of its package is there; "" where there is none that has one, or it does not tell."""
+    try:
+        return str(getattr(engine, "version", str)())
+    except Exception:  # it came without its metadata, or whoever finds modules here cannot find that
+        return ""
 
 
 def is_unasked(engine: Engine, problem: Problem) -> bool:
@@ -177,7 +189,9 @@ def check_engine(engine: Any) -> None:
     of_all, of_some = (_functions(kind) for kind in (Engine, RecomputingEngine))
     needed = of_all if getattr(engine, "DIFFERENTIABLE", False) is True else of_all + of_some
     lacks += [f"{name}()" for name in needed if not callable(getattr(engine, name, None))]
-    lacks += [f"{name}()" for name in ("installed", "unasked") if not callable(getattr(engine, name, _always))]
+    lacks += [
+        f"{name}()" for name in ("installed", "version", "unasked") if not callable(getattr(engine, name, _always))
+    ]
     if lacks:
         called = shown(getattr(engine, "NAME", engine))
         raise ValueError(f"the engine {called} lacks {', '.join(lacks)}; engines/base.py says what each is")

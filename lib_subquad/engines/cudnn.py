@@ -42,6 +42,10 @@ def installed() -> bool:
     return torch.version.hip is None and torch.backends.cudnn.is_available()
 
 
+def version() -> str:
+    return str(torch.backends.cudnn.version() or "")  # another one may lie beside PyTorch than it came with
+
+
 def unasked(problem: Problem) -> bool:
     return devices.rules(problem.device).cudnn
 

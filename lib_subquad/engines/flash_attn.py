@@ -32,6 +32,7 @@ WHY = "flash-attn has a kernel for these sizes"
 
 PACKAGE = Package("flash-attn", "flash_attn", ["flash_attn_func"])
 installed = PACKAGE.installed
+version = PACKAGE.version
 
 # csrc/flash_attn/flash_api.cpp, mha_fwd() and set_params_splitkv()
 WIDEST = 256

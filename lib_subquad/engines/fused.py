@@ -332,18 +332,18 @@ def _kernel_reasons(problem: Problem, switches: tuple[bool, ...]) -> tuple[str, 
 
     An exception, such as an out-of-memory, is no answer to remember.
     """
-    return () if asked(problem, choice) != MATH_KERNEL else (_no_kernel_for(problem, switches),)
+    return () if asked(problem, choice) != MATH_KERNEL else (_no_kernel_for(problem),)
 
 
 def choice(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> int:
     return torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=1.0)
 
 
-def _no_kernel_for(problem: Problem, switches: tuple[bool, ...] = (True,)) -> str:
+def _no_kernel_for(problem: Problem) -> str:
     sizes = f"{str(problem.upcast_dtype).removeprefix('torch.')}, heads {problem.width} wide"
     if problem.width != problem.value_width:
         sizes += f" with values {problem.value_width} wide"
-    return f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem, switches)}"
+    return f"PyTorch has no fused kernel on {problem.device.type} for {sizes}{_conditions(problem)}"
 
 
 Answer = TypeVar("Answer")
@@ -366,13 +366,13 @@ def asked(problem: Problem, question: Callable[[Tensor, Tensor, Tensor, Tensor |
         return question(query, key, value, mask)
 
 
-def _conditions(problem: Problem, switches: tuple[bool, ...]) -> str:
+def _conditions(problem: Problem) -> str:
     words = ""
     if problem.mask is not None:
         words += ", with a mask"
     if problem.grad:
         words += ", with gradients"
-    if problem.device.type == "cuda" and not any(switches):
+    if problem.device.type == "cuda" and devices.are_fused_kernels_off():
         words += " (its fused kernels are switched off)"
     return words
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,8 +10,8 @@ import torch
 
 from .. import identity, settings
 from ..problem import Problem
-from . import cudnn, flash_attn, fused, padded, portable, sage, xformers
-from .base import Engine, check_engine, is_installed
+from . import cudnn, flash_attn, fused, padded, portable, sage, whole, xformers
+from .base import Engine, check_engine, is_installed, version
 from .table import LONGEST_NAME, Class, Found, Machine, Table, class_of
 
 _engines: tuple[Engine, ...] = ()
@@ -131,17 +129,22 @@ def found(problem: Problem) -> Found | None:
     if problem.grad or not _table.machines:
         return None
     it = _table.found(machine(problem.device), class_of(problem))
-    return it if it is not None and it.engine in _exact() else None
+    return it if it is not None and _may_be_taken(it) else None
 
 
 def all_found(device: torch.device) -> dict[Class, Found]:
     """All that was measured for this device, as it is now."""
-    return {calls: it for calls, it in _table.machines.get(machine(device), {}).items() if it.engine in _exact()}
+    return {calls: it for calls, it in _table.machines.get(machine(device), {}).items() if _may_be_taken(it)}
 
 
-def _exact() -> list[str]:
-    """Whatever a file says, no other engine is taken unasked."""
-    return [engine.NAME for engine in _engines if engine.EXACT]
+def _may_be_taken(it: Found) -> bool:
+    """Whatever a file says: unasked only an exact engine is taken, and one that takes all keys at once with no part of
+    them, nor with fewer queries than its kernel is worth."""
+    for engine in _engines:
+        if engine.NAME == it.engine:
+            fits = not it.kv_chunk and not 0 < it.query_chunk < whole.SMALLEST_QUERY_CHUNK
+            return engine.EXACT and (engine.SPLITS_KEYS or fits)
+    return False
 
 
 @cache
@@ -166,14 +169,7 @@ def _seen(told: str) -> str:
 
 def _versions() -> str:
     """The engines that can be had, each with its package's version."""
-    told = []
-    for engine in filter(is_installed, _engines):
-        version = ""
-        if hasattr(engine, "installed"):
-            with contextlib.suppress(Exception):  # it came without its metadata
-                version = f" {importlib.metadata.version(engine.NAME)}"
-        told.append(engine.NAME + version)
-    return _seen(", ".join(told))
+    return _seen(", ".join(f"{engine.NAME} {version(engine)}".strip() for engine in usable()))
 
 
 def candidates(wanted: str) -> tuple[Engine, ...]:

@@ -6,6 +6,7 @@ Nothing of a package is touched before somebody wants a kernel of it on a device
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import math
 import sys
@@ -28,13 +29,14 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Package:
-    """`name` is what users call it, `module` what is imported, `needs` the functions that are called of it.
+    """`name` is what users call it, `module` what is imported, `needs` the functions that are called of it, and
+    `distribution` what pip calls it, if that is not the name.
 
     Both questions are answered once a process: what is installed while it runs is found after a restart.
     """
 
-    def __init__(self, name: str, module: str, needs: Sequence[str]) -> None:
-        self.name, self.needs, self._path = name, needs, module
+    def __init__(self, name: str, module: str, needs: Sequence[str], distribution: str = "") -> None:
+        self.name, self.needs, self._path, self._distribution = name, needs, module, distribution or name
         self.forget()
 
     def forget(self) -> None:
@@ -47,6 +49,14 @@ class Package:
         if self._installed is None:
             self._installed = _is_there(self._path.partition(".")[0])
         return self._installed
+
+    def version(self) -> str:
+        """Which one is there; imports nothing.
+
+        Raises:
+            importlib.metadata.PackageNotFoundError: it came without its metadata.
+        """
+        return importlib.metadata.version(self._distribution)
 
     def why_not(self) -> list[str]:
         """Why it cannot be used, in words, or nothing; imports it."""

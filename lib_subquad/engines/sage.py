@@ -32,8 +32,9 @@ SPLITS_KEYS = False
 DIFFERENTIABLE = True  # it gives no gradients, and so is never asked for any
 WHY = "it is set, and SageAttention takes these sizes"
 
-PACKAGE = Package("SageAttention", "sageattention", ["sageattn"])
+PACKAGE = Package("SageAttention", "sageattention", ["sageattn"], distribution="sageattention")
 installed = PACKAGE.installed
+version = PACKAGE.version
 
 WIDTHS = (64, 96, 128)  # of version 1; 2 pads others up to the widest
 

@@ -45,6 +45,7 @@ PACKAGE = Package(
     ],
 )
 installed = PACKAGE.installed
+version = PACKAGE.version
 
 MASK_ALIGNMENT = 8  # elements: ops/fmha/cutlass.py, _check_bias_alignment()
 LOGSUMEXP_ALIGNMENT = 32  # rows: csrc/attention/cuda/fmha/kernel_forward.h, kAlignLSE
@@ -55,7 +56,7 @@ def why_not(problem: Problem) -> list[str]:
     if reasons:
         return reasons
     try:
-        return list(_declared(PACKAGE.module, problem, torch.are_deterministic_algorithms_enabled()))
+        return list(_declared(PACKAGE.module, problem, devices.switches()))
     except Exception as error:  # private, and another one in every version
         if devices.is_out_of_memory(error):
             memory.forget()  # so that it is asked again at the next call
@@ -69,7 +70,7 @@ def _refuses(problem: Problem) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _declared(ops: Any, problem: Problem, deterministic: bool) -> tuple[str, ...]:
+def _declared(ops: Any, problem: Problem, switches: tuple[bool, ...]) -> tuple[str, ...]:
     """What its own dispatcher says of tensors of these sizes, laid out as `attend` gives them.
 
     Raises:
