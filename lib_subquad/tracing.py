@@ -43,10 +43,9 @@ def is_traced(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this call is traced, exported, compiled or transformed."""
     if is_recorded() or is_transformed():
         return True
-    for tensor in (query, key, value):
-        if type(tensor) is not Tensor and type(tensor).__name__ in WITHOUT_NUMBERS:
-            return True
-    return False
+    if type(query) is type(key) is type(value) is Tensor:  # as nearly always
+        return False
+    return any(type(tensor).__name__ in WITHOUT_NUMBERS for tensor in (query, key, value))
 
 
 def attend_traced(

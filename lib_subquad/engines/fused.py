@@ -229,9 +229,9 @@ def attend(
     problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, None]:
     rules, rows = devices.rules(problem.device), query.shape[2]
-    query, key, value = (
+    query, key, value = [
         _as_kernels_want(tensor, problem.upcast_dtype, rules.contiguous) for tensor in (query, key, value)
-    )
+    ]
     if 1 in query.stride()[:-1]:
         # The output's dimensions are ordered as the query's strides are, and the CPU's kernel of torch 2.13 writes
         # in the wrong places where heads or tokens are as close together as channels: overlapping tensors.
@@ -254,10 +254,9 @@ def attend(
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, most: int | None) -> Tensor:
     """The kernel's result, in calls of no more batch entries and heads than it takes."""
-    dim = next((dim for dim in (0, 1) if most is not None and query.shape[dim] > most), None)
-    if dim is None or most is None:
+    if most is None or max(query.shape[:2]) <= most:
         return pytorch.call(query, key, value, attn_mask=mask, scale=scale)
-    parts = []
+    dim, parts = 0 if query.shape[0] > most else 1, []
     for start in range(0, query.shape[dim], most):
         length = min(most, query.shape[dim] - start)
         some, keys, values = (tensor.narrow(dim, start, length) for tensor in (query, key, value))
