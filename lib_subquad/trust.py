@@ -199,7 +199,7 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
         except Exception as error:
             if devices.is_out_of_memory(error) or refusals.is_fatal(error):
                 return None
-            return (f"a small call of the {engine.NAME} kernel failed: {_first_line(error)}",)
+            return (f"a small call of the {engine.NAME} kernel failed: {console.first_line(error)}",)
     return (f"a small call of the {engine.NAME} kernel gave wrong results: {_by(wrong)}",) if wrong else ()
 
 
@@ -211,11 +211,6 @@ def _in_words(problem: Problem) -> str:
 
 def _by(wrong: float) -> str:
     return "NaN" if wrong != wrong else f"off by {wrong:.2g}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import console
 from .. import device as devices
 from ..problem import Problem, item_bytes
 from .base import Kept, Sizes
@@ -66,7 +67,7 @@ class Package:
             try:
                 module = importlib.import_module(self._path)
             except Exception as error:  # a missing library, one of another PyTorch, a check of its own
-                self._broken = f"{self.name} is installed but cannot be loaded: {in_a_line(error)}"
+                self._broken = f"{self.name} is installed but cannot be loaded: {console.in_a_line(error)}"
             else:
                 lacks = [name for name in self.needs if not callable(getattr(module, name, None))]
                 self._module = None if lacks else module
@@ -88,11 +89,6 @@ def _is_there(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except Exception:  # whatever finds modules here
         return False
-
-
-def in_a_line(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def why_not(package: Package, problem: Problem, refuses: Callable[[Problem], list[str]]) -> list[str]:
@@ -132,7 +128,7 @@ def call(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     except Exception as error:
         if type(error) in PYTORCHS or devices.is_out_of_memory(error):
             raise
-        raise NotImplementedError(in_a_line(error)) from error
+        raise NotImplementedError(console.in_a_line(error)) from error
 
 
 def prepared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
