@@ -15,6 +15,18 @@ class UserError(ValueError):
     """What was asked for cannot be; the message is a sentence for the user, who can put it right."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def in_a_line(error: BaseException) -> str:
+    """Its class, and the first line of what it says."""
+    kind, first = type(error).__name__, first_line(error)
+    return kind if first == kind else f"{kind}: {first}"
+
+
 def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a line, by default on stdout; characters that it cannot show are escaped."""
     stream = sys.stdout if stream is None else stream

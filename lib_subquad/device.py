@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
+import torch.utils._python_dispatch
 from torch.torch_version import TorchVersion
 
 MIB = 1 << 20
@@ -438,6 +439,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if not autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def without_modes() -> contextlib.AbstractContextManager[object]:
+    """What counts, traces or replaces operators sees none of them; torch 2.0 cannot do without."""
+    return getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)()  # private
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -18,6 +18,7 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
+from . import device as devices
 from .engines.base import Engine, Kept, Sizes, attended
 from .problem import Problem
 from .tensors import rows_of
@@ -263,7 +264,7 @@ def unseen_by_policies() -> contextlib.AbstractContextManager[object]:
     """Hides operators from what chooses which of them `torch.utils.checkpoint` keeps the results of, if it is at work:
     ours are written over."""
     if any(type(mode).__name__ in POLICIES for mode in _modes()):
-        return torch.utils._python_dispatch._disable_current_modes()
+        return devices.without_modes()
     return contextlib.nullcontext()
 
 

@@ -65,8 +65,7 @@ def reason(engine: str, error: Exception) -> str:
     """Why this engine gave way, in words."""
     if isinstance(error, WrongResult):
         return str(error)
-    lines = str(error).strip().splitlines()
-    return f"the {engine} kernel refused these sizes: {lines[0] if lines else type(error).__name__}"
+    return f"the {engine} kernel refused these sizes: {console.first_line(error)}"
 
 
 def remember(problem: Problem, engine: str, reason: str) -> None:

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._python_dispatch
 from torch import Tensor
 
 from . import console, refusals, truth
@@ -178,7 +177,7 @@ def _small(problem: Problem) -> Problem:
 
 def _can_be_tried() -> bool:
     """Not while a CUDA graph is captured, which any look at a number ends, nor where tensors have no numbers."""
-    with _without_modes():
+    with devices.without_modes():
         return not devices.is_captured() and type(torch.zeros(0, device="cpu")) is Tensor
 
 
@@ -199,7 +198,7 @@ def _tried(engine: Engine, problem: Problem) -> tuple[str, ...] | None:
         except Exception as error:
             if devices.is_out_of_memory(error) or refusals.is_fatal(error):
                 return None
-            return (f"a small call of the {engine.NAME} kernel failed: {_first_line(error)}",)
+            return (f"a small call of the {engine.NAME} kernel failed: {console.first_line(error)}",)
     return (f"a small call of the {engine.NAME} kernel gave wrong results: {_by(wrong)}",) if wrong else ()
 
 
@@ -211,11 +210,6 @@ def _in_words(problem: Problem) -> str:
 
 def _by(wrong: float) -> str:
     return "NaN" if wrong != wrong else f"off by {wrong:.2g}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -314,7 +308,7 @@ def _unseen(device: torch.device) -> Iterator[None]:
     def itself(tensor: Tensor) -> Tensor:
         return tensor
 
-    with _without_modes(), devices.without_autocast(device):
+    with devices.without_modes(), devices.without_autocast(device):
         if not _hooks_are_allowed():  # nobody has any, then
             yield
             return
@@ -322,6 +316,5 @@ def _unseen(device: torch.device) -> Iterator[None]:
             yield
 
 
-# Private, and the second is newer than torch 2.0.
+# Private.
 _hooks_are_allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
-_without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)

@@ -183,11 +183,13 @@ def test_what_no_engine_can_do_says_nothing_of_the_engines(who, caplog):
     assert computed(given=(query, key, value))[0].engine == names()[0] and not caplog.records
 
 
+@pytest.mark.usefixtures("fused_kernel")
 def test_retry_off_is_about_memory(first):
     first()
     assert computed(Settings(retry=False))[0].engine == names()[1]
 
 
+@pytest.mark.usefixtures("fused_kernel")
 @pytest.mark.parametrize("checkpointing", ["automatic", "never"])
 def test_with_gradients(first, checkpointing):
     first(at=1)

@@ -428,7 +428,9 @@ def test_rows_that_are_no_numbers_say_nothing(first):
 @pytest.mark.parametrize("masked", [None, "bool", "same"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_what_is_right_is_trusted(dtype, masked, grad):
-    """With every kind of mask that this PyTorch's kernel takes."""
+    """With every kind of mask that this PyTorch's kernel takes; where it is one that overflows, for that alone it is
+    not."""
+    overflows = dtype == torch.float16 and not fused.HALF_SCORES_ARE_RIGHT
     mask_dtype = {None: None, "bool": torch.bool, "same": dtype}[masked]
     for width in (8, 40, 64, 72, 160):
         for mask in ((1, 1, 1, 50), (2, 1, 90, 50), (1, 3, 90, 1)) if masked else (None,):
@@ -437,7 +439,9 @@ def test_what_is_right_is_trusted(dtype, masked, grad):
                 query, keys, keys, dtype, "cpu", mask_shape=mask, mask_dtype=mask_dtype, grad=grad
             )
             for engine in order.engines()[:-1]:
-                assert engine.why_not(problem) or trust.why_not(engine, problem) == []
+                if not engine.why_not(problem):
+                    reasons = trust.why_not(engine, problem)
+                    assert not reasons or overflows and reasons[0].endswith("wrong results: NaN")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..problem import HALF_DTYPES, Problem, item_bytes
 from ..settings import Settings
-from ..tensors import rows_of
 from . import packages, whole
-from .base import Kept, Sizes, call_bytes
-from .packages import Gradients, Package, positive, prepared, with_heads_last
+from .base import Kept, Sizes
+from .packages import Package, as_given, positive, with_heads_last
+from .packages import attend_traced as attend_traced
+from .packages import why_not_traced as why_not_traced
 from .whole import kept_bytes as kept_bytes
 from .whole import least_bytes as least_bytes
 from .whole import rows_at_once as rows_at_once
@@ -62,21 +63,12 @@ def _refuses(problem: Problem) -> list[str]:
     return reasons
 
 
-def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
-    return ["flash-attn is not traced"]
-
-
-def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    raise NotImplementedError("flash-attn is not traced")
-
-
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
     return whole.fitting(workspace_bytes, problem, settings, limit)
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
-    return total + problem.grad * problem.batch * problem.heads * problem.queries * 3 * 4  # statistics, made of a third
+    return packages.workspace_bytes(problem, sizes, _attend_bytes)
 
 
 def _attend_bytes(problem: Problem, queries: int) -> int:
@@ -96,7 +88,7 @@ def attend(
     problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     query, scale = positive(query, scale)
-    given = [with_heads_last(prepared(tensor, problem.upcast_dtype)) for tensor in (query, key, value)]
+    given = [as_given(tensor, problem.upcast_dtype) for tensor in (query, key, value)]
     if not problem.grad:
         return with_heads_last(_called(given, scale)).to(problem.value_dtype), None
     output, logsumexp, *_ = _called(given, scale, return_attn_probs=True)  # of which there are none without dropout
@@ -107,20 +99,14 @@ def attend(
 def gradients(
     kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    dtype = kept.query.dtype
+    return packages.gradients_in_chunks(_backward, kept, grad_output, scale, sizes, wanted)
 
-    def of_rows(rows: slice) -> Gradients:
-        query, positive_scale = positive(rows_of(kept.query, rows), scale)
-        leaves = [with_heads_last(prepared(it, dtype).detach()) for it in (query, kept.key, kept.value)]
-        with torch.enable_grad():
-            leaves = [leaf.requires_grad_() for leaf in leaves]
-            output = _called(leaves, positive_scale)
-        grad = with_heads_last(prepared(rows_of(grad_output, rows), dtype))
-        grad_query, *others = packages.call(torch.autograd.grad, output, leaves, grad)
-        grad_query, grad_key, grad_value = (with_heads_last(it) for it in (grad_query, *others))
-        return -grad_query if scale < 0 else grad_query, grad_key, grad_value
 
-    return packages.gradients_in_chunks(of_rows, kept, sizes, wanted)
+def _backward(rows: slice, given: Sequence[Tensor], grad: Tensor, scale: float) -> Sequence[Tensor]:
+    with torch.enable_grad():
+        leaves = [it.detach().requires_grad_() for it in given]
+        output = _called(leaves, scale)
+    return packages.call(torch.autograd.grad, output, leaves, grad)
 
 
 def _called(given: Sequence[Tensor], scale: float, **more: bool):  # type: ignore[no-untyped-def]  # one tensor or three

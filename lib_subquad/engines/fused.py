@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-import torch.utils._python_dispatch
 from torch import Tensor
 
 from .. import device as devices
@@ -352,9 +351,10 @@ def asked(problem: Problem, question: Callable[[Tensor, Tensor, Tensor, Tensor |
     """What PyTorch answers to a question about query, key, value and mask of these sizes, and of next to no memory.
 
     Asked of tensors with numbers: of those which PyTorch makes while a mode of its own is on, no answer holds later.
+    (On torch 2.0 one that is asked for under a trace does.)
     """
     made_here = torch.zeros(0, device="cpu")
-    with contextlib.nullcontext() if type(made_here) is Tensor else _without_modes():
+    with contextlib.nullcontext() if type(made_here) is Tensor else devices.without_modes():
         query, key = (_probe(problem, tokens, problem.width) for tokens in (problem.queries, problem.keys))
         value = _probe(problem, problem.keys, problem.value_width)
         mask = None
@@ -383,8 +383,6 @@ def _probe(problem: Problem, tokens: int, width: int) -> Tensor:
     return token.as_strided(sizes, (0, 0, 0, 1)).requires_grad_(problem.grad)
 
 
-# Private, and newer than torch 2.0: where it is missing a plan that is asked for under a trace holds for later ones.
-_without_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", contextlib.nullcontext)
 # Asked when this is loaded: later it may be asked under a trace, whose tensors have no numbers.
 TAKES_SCALE = _takes_scale()
 MASKS_ARE_RIGHT = TAKES_SCALE and _masks_are_right()

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import console
 from .. import device as devices
 from ..problem import Problem, item_bytes
-from .base import Kept, Sizes
+from ..tensors import rows_of
+from .base import Kept, Sizes, call_bytes
 
 ALIGNMENT = 16  # bytes: kernels read so many at a time
 # Errors that are a refusal, or ran out of memory, as they are; see `refusals`.
 PYTORCHS = (RuntimeError, NotImplementedError, getattr(torch, "AcceleratorError", RuntimeError))
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+# Gradients of a chunk's query, of keys and values, from (rows, those three, the output's gradient, scale), all tensors
+# as `as_given` has them.
+Backward = Callable[[slice, Sequence[Tensor], Tensor, float], Sequence[Tensor]]
 
 
 class Package:
@@ -66,7 +70,7 @@ class Package:
             try:
                 module = importlib.import_module(self._path)
             except Exception as error:  # a missing library, one of another PyTorch, a check of its own
-                self._broken = f"{self.name} is installed but cannot be loaded: {in_a_line(error)}"
+                self._broken = f"{self.name} is installed but cannot be loaded: {console.in_a_line(error)}"
             else:
                 lacks = [name for name in self.needs if not callable(getattr(module, name, None))]
                 self._module = None if lacks else module
@@ -90,11 +94,6 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def in_a_line(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
 def why_not(package: Package, problem: Problem, refuses: Callable[[Problem], list[str]]) -> list[str]:
     """What keeps any such engine from a problem: the package is not there, the device is none of its, what `refuses`
     tells of the problem, or else, once it is loaded for it, that it cannot be."""
@@ -116,6 +115,14 @@ def why_not(package: Package, problem: Problem, refuses: Callable[[Problem], lis
     return reasons or package.why_not()
 
 
+def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
+    return ["kernels of packages are not traced"]
+
+
+def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    raise NotImplementedError(why_not_traced(query.device, mask)[0])
+
+
 def in_words(*dtypes: torch.dtype | None) -> str:
     return " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
@@ -132,7 +139,7 @@ def call(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     except Exception as error:
         if type(error) in PYTORCHS or devices.is_out_of_memory(error):
             raise
-        raise NotImplementedError(in_a_line(error)) from error
+        raise NotImplementedError(console.in_a_line(error)) from error
 
 
 def prepared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +166,17 @@ def positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
 def with_heads_last(tensor: Tensor) -> Tensor:
     """[batch, heads, tokens, width] as [batch, tokens, heads, width], or the other way round: a view."""
     return tensor.transpose(1, 2)
+
+
+def as_given(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[batch, heads, tokens, width] as kernels with heads last are given it, prepared for them."""
+    return with_heads_last(prepared(tensor, dtype))
+
+
+def workspace_bytes(problem: Problem, sizes: Sizes, attend_bytes: Callable[[Problem, int], int]) -> int:
+    """Of a call in chunks of queries, of which attending one holds `attend_bytes(problem, queries)`."""
+    total = call_bytes(problem, sizes.queries, lambda queries: attend_bytes(problem, queries))
+    return total + problem.grad * problem.batch * problem.heads * problem.queries * 3 * 4  # statistics, made of a third
 
 
 def cast_bytes(problem: Problem, queries: int) -> int:
@@ -195,22 +213,26 @@ def logsumexp_of(statistics: Tensor) -> Tensor:
 
 
 def gradients_in_chunks(
-    of_rows: Callable[[slice], Gradients], kept: Kept, sizes: Sizes, wanted: Sequence[bool]
+    backward: Backward, kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of query, key, value and mask, of which there are none, from those of a chunk of queries, in which keys
     and values have their part; sums in float32."""
+    dtype = kept.query.dtype
     queries: list[Tensor] = []
     keys: Tensor | None = None
     values: Tensor | None = None
     for rows in _chunks(kept.query.shape[2], sizes.queries):
-        grad_query, grad_key, grad_value = of_rows(rows)
-        queries.append(grad_query)
+        query, positive_scale = positive(rows_of(kept.query, rows), scale)
+        given = [as_given(it, dtype) for it in (query, kept.key, kept.value)]
+        found = backward(rows, given, as_given(rows_of(grad_output, rows), dtype), positive_scale)
+        grad_query, grad_key, grad_value = map(with_heads_last, found)
+        queries.append(-grad_query if scale < 0 else grad_query)
         keys = grad_key if keys is None else keys.float() + grad_key
         values = grad_value if values is None else values.float() + grad_value
-    found = (queries[0] if len(queries) == 1 else torch.cat(queries, dim=2), keys, values, None)
+    all_found = (queries[0] if len(queries) == 1 else torch.cat(queries, dim=2), keys, values, None)
     return [
         it.to(tensor.dtype) if needed and it is not None and tensor is not None else None
-        for it, tensor, needed in zip(found, kept, wanted)
+        for it, tensor, needed in zip(all_found, kept, wanted)
     ]
 
 

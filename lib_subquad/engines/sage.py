@@ -18,8 +18,10 @@ from .. import device as devices
 from ..problem import HALF_DTYPES, Problem, item_bytes
 from ..settings import Settings
 from . import packages, whole
-from .base import Sizes, UselessResult, call_bytes
+from .base import Sizes, UselessResult
 from .packages import Package, positive, prepared
+from .packages import attend_traced as attend_traced
+from .packages import why_not_traced as why_not_traced
 from .whole import kept_bytes as kept_bytes
 from .whole import least_bytes as least_bytes
 from .whole import rows_at_once as rows_at_once
@@ -73,20 +75,12 @@ def _is_first() -> bool:
         return True
 
 
-def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
-    return ["SageAttention is not traced"]
-
-
-def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    raise NotImplementedError("SageAttention is not traced")
-
-
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
     return whole.fitting(workspace_bytes, problem, settings, limit)
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    return call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
+    return packages.workspace_bytes(problem, sizes, _attend_bytes)
 
 
 def _attend_bytes(problem: Problem, queries: int) -> int:

@@ -20,9 +20,11 @@ from ..problem import Problem, item_bytes
 from ..settings import Settings
 from ..tensors import as_small_as_it_is, rows_of
 from . import packages, whole
-from .base import Kept, Sizes, call_bytes
+from .base import Kept, Sizes
 from .masks import rows_of_nothing, would_be_rounded
-from .packages import Gradients, Package, positive, prepared, with_heads_last
+from .packages import Package, as_given, positive, with_heads_last
+from .packages import attend_traced as attend_traced
+from .packages import why_not_traced as why_not_traced
 from .whole import kept_bytes as kept_bytes
 from .whole import least_bytes as least_bytes
 from .whole import rows_at_once as rows_at_once
@@ -135,21 +137,12 @@ def _mask_probe(problem: Problem) -> Tensor:
     return row.as_strided((problem.batch, problem.heads, problem.queries, problem.keys), (0, 0, 0, 1))
 
 
-def why_not_traced(device: torch.device, mask: Tensor | None) -> list[str]:
-    return ["xformers is not traced"]
-
-
-def attend_traced(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    raise NotImplementedError("xformers is not traced")
-
-
 def fitting(problem: Problem, settings: Settings, limit: int) -> tuple[Sizes, list[str]]:
     return whole.fitting(workspace_bytes, problem, settings, limit)
 
 
 def workspace_bytes(problem: Problem, sizes: Sizes) -> int:
-    total = call_bytes(problem, sizes.queries, lambda queries: _attend_bytes(problem, queries))
-    return total + problem.grad * problem.batch * problem.heads * problem.queries * 3 * 4  # statistics, made of a third
+    return packages.workspace_bytes(problem, sizes, _attend_bytes)
 
 
 def _attend_bytes(problem: Problem, queries: int) -> int:
@@ -172,7 +165,7 @@ def attend(
     problem: Problem, sizes: Sizes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     query, scale = positive(query, scale)
-    given = [with_heads_last(prepared(tensor, problem.upcast_dtype)) for tensor in (query, key, value)]
+    given = [as_given(tensor, problem.upcast_dtype) for tensor in (query, key, value)]
     bias, nothing = _bias(given, mask)
     ops, statistics = PACKAGE.module, None
     if problem.grad:
@@ -206,16 +199,12 @@ def _bias(given: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor | None, 
 def gradients(
     kept: Kept, grad_output: Tensor, scale: float, sizes: Sizes, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    dtype, backward = kept.query.dtype, PACKAGE.module.memory_efficient_attention_backward
+    function = PACKAGE.module.memory_efficient_attention_backward
 
-    def of_rows(rows: slice) -> Gradients:
-        query, positive_scale = positive(rows_of(kept.query, rows), scale)
-        given = [with_heads_last(prepared(it, dtype)) for it in (query, kept.key, kept.value)]
+    def backward(rows: slice, given: Sequence[Tensor], grad: Tensor, scale: float) -> Sequence[Tensor]:
         bias, _ = _bias(given, None if kept.mask is None else rows_of(kept.mask, rows))
-        grad, output = (with_heads_last(prepared(rows_of(it, rows), dtype)) for it in (grad_output, kept.output))
+        output = as_given(rows_of(kept.output, rows), kept.query.dtype)
         logsumexp = packages.logsumexp_of(rows_of(kept.statistics, rows))
-        found = packages.call(backward, grad, output, logsumexp, *given, attn_bias=bias, scale=positive_scale)
-        grad_query, grad_key, grad_value = (with_heads_last(it) for it in found)
-        return -grad_query if scale < 0 else grad_query, grad_key, grad_value
+        return packages.call(function, grad, output, logsumexp, *given, attn_bias=bias, scale=scale)
 
-    return packages.gradients_in_chunks(of_rows, kept, sizes, wanted)
+    return packages.gradients_in_chunks(backward, kept, grad_output, scale, sizes, wanted)

@@ -12,19 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lib_subquad.lab.measured import rounds
+from tests.unmeasured import nothing_is_measured as nothing_is_measured
 
 ROOT = Path(__file__).parents[2]
 SLOW = 120_000  # milliseconds; a test machine may be busy
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_measured():
-    """An image waits for no measurement, in tests of something else. A monkeypatch of its own: that of a test is to be
-    undone before the host's classes get their own forwards back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "unknown", lambda problems, settings: [])
-        yield
 
 
 @pytest.fixture

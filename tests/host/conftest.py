@@ -10,21 +10,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lib_subquad.lab.measured import rounds
+from tests.unmeasured import nothing_is_measured as nothing_is_measured
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_measured():
-    """An image waits for no measurement, in tests of something else. A monkeypatch of its own: that of a test is to be
-    undone before the host's classes get their own forwards back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "unknown", lambda problems, settings: [])
-        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -10,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lib_subquad.console import UserError
 from lib_subquad.engines import fused, order
 from lib_subquad.engines.table import Table
+from lib_subquad.lab.commands import question
 from tests.checkpoint.making import entries, write
 from tests.checkpoint.public_models import tensors
 
@@ -132,3 +136,14 @@ def test_what_cannot_be_used_is_said_in_words(checkpoint, arguments, words, tmp_
     done = run(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_device_that_fails_without_a_word(monkeypatch):
+    """As PyTorch's assertions may."""
+
+    def failing(*given, **more):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "empty", failing)
+    with pytest.raises(UserError, match="device 'cuda' cannot be used: AssertionError"):
+        question.read_device(argparse.Namespace(device="cuda"))

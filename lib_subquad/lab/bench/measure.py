@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ... import console
 from ... import device as devices
 from ...plan import plan_problem
 from .. import meter
@@ -89,8 +90,7 @@ def _measure_or_reason(job: Job) -> Measurement:
     except Exception as error:  # a peer may fail in any way: that is its result
         if devices.is_out_of_memory(error):
             return Measurement(reason="out of memory")
-        first = (str(error).strip().splitlines() or [""])[0]
-        return Measurement(reason=f"{type(error).__name__}: {first}")
+        return Measurement(reason=console.in_a_line(error))
 
 
 def _measure(job: Job) -> Measurement:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from ... import console
 from .. import machine
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -54,8 +55,7 @@ def device(text: str) -> str:
     try:
         torch.empty(1, device=text)
     except Exception as error:  # what a missing backend raises differs from one to the next
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{text!r} is no device of this torch: {first}") from error
+        raise ValueError(f"{text!r} is no device of this torch: {console.first_line(error)}") from error
     return text
 
 

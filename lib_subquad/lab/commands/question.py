@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...checkpoint import T5_TOKENS, CheckpointError, read_attention_layers
-from ...console import UserError
+from ...console import UserError, first_line
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
 from ..explain.sizes import parse_size
@@ -108,7 +108,7 @@ def read_device(arguments: argparse.Namespace) -> torch.device:
         device = torch.device(arguments.device) if arguments.device else best_device()
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {arguments.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {arguments.device!r} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 # RDNA 3 and 4: which of them PyTorch runs its kernels on unasked differs from one version to the next (PyTorch PR
@@ -11,6 +12,12 @@ from typing import NamedTuple
 ROCM_WITH_KERNELS = ("gfx11", "gfx12")
 AOTRITON = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 OFF = ("", "0")
+
+# Variables for those who look for faults -> what they cost.
+SLOWING = {
+    "CUDA_LAUNCH_BLOCKING": "with it every operator waits for the one before it",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "without its cache PyTorch asks the driver for every tensor",
+}
 
 HALF_IS_BROKEN = ("GTX 16",)  # NaN: PyTorch #58123
 KINDS_WITH_HALF = ("cuda", "rocm", "mps", "xpu")
@@ -133,22 +140,10 @@ def _settings(here: Situation) -> Advice | None:
     return Advice(f"Your settings keep a faster engine away: {'; '.join(here.settings)}", "the plan of each shape")
 
 
-def _blocking(here: Situation) -> Advice | None:
-    if here.kind not in ("cuda", "rocm") or not _is_on(here, "CUDA_LAUNCH_BLOCKING"):
+def _slowing(variable: str, words: str, here: Situation) -> Advice | None:
+    if here.kind not in ("cuda", "rocm") or not _is_on(here, variable):
         return None
-    return Advice(
-        "Unset CUDA_LAUNCH_BLOCKING: with it every operator waits for the one before it",
-        "PyTorch's notes on CUDA semantics",
-    )
-
-
-def _no_cache(here: Situation) -> Advice | None:
-    if here.kind not in ("cuda", "rocm") or not _is_on(here, "PYTORCH_NO_CUDA_MEMORY_CACHING"):
-        return None
-    return Advice(
-        "Unset PYTORCH_NO_CUDA_MEMORY_CACHING: without its cache PyTorch asks the driver for every tensor",
-        "PyTorch's notes on CUDA semantics",
-    )
+    return Advice(f"Unset {variable}: {words}", "PyTorch's notes on CUDA semantics")
 
 
 def _few_threads(here: Situation) -> Advice | None:
@@ -171,6 +166,5 @@ _KNOWN: tuple[Callable[[Situation], Advice | None], ...] = (
     _full_precision,
     _few_threads,
     _not_loadable,
-    _blocking,
-    _no_cache,
+    *(partial(_slowing, *of) for of in SLOWING.items()),
 )

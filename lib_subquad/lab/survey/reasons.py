@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ... import console
 from ...engines import order
 from ...engines.base import Engine
 from ...plan import plan_problem, why_not
@@ -78,8 +79,7 @@ def answer(engine: Engine, problem: Problem) -> tuple[str, str]:
 
 def words(error: Exception) -> str:
     """An error in one line that names nobody."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return anonymous(f"{type(error).__name__}: {first}")
+    return anonymous(console.in_a_line(error))
 
 
 def _bytes(count: int) -> str:
