@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.parse
 
 import numpy as np
@@ -36,14 +37,13 @@ def test_it_was_installed_from_its_url(forge, server):
 
 
 def test_before_the_first_image(server):
-    """The web UI loads a checkpoint only then: what it will load is answered for, and nothing of ours is in place."""
+    """What the web UI will load, if it does so only then, is answered for, and nothing of ours is in place."""
     status, answer = server.status(), server.call("/subquad/v1/plan?width=512&height=768")
     assert not status["active"] and status["summary"] == "No image has been made with subquad yet."
     assert status["standing"].startswith("subquad is not active: the web UI uses its own sub-quadratic attention")
-    assert answer["notes"][:2] == [
-        "subquad is not active now: this is how it would compute attention.",
-        "It is not loaded yet: the web UI loads it for the next image.",
-    ]
+    assert answer["notes"][0] == "subquad is not active now: this is how it would compute attention."
+    if not re.search(r"Model .*loaded in", server.log):  # some load one in the background as soon as they start
+        assert answer["notes"][1] == "It is not loaded yet: the web UI loads it for the next image."
     assert server.holders() == []
     check_plan(answer, 64 * 96)
 
