@@ -39,6 +39,13 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
 
 
+def duration(value: float) -> str:
+    """How long one has to wait: no more digits than are known."""
+    if value < 10:
+        return f"{max(1, round(value))} s"
+    return f"{5 * round(value / 5)} s" if value < 90 else f"{round(value / 60)} min"
+
+
 def spread(low: float | None, high: float | None) -> str:
     return NOTHING if low is None or high is None else f"{seconds(low)} – {seconds(high)}"
 
@@ -51,6 +58,8 @@ def memory(count: float | None) -> str:
     """A number of bytes."""
     if count is None:
         return NOTHING
+    if 0 < count < devices.MIB / 20:
+        return f"{count / 1024:.1f} KiB"
     return f"{count / devices.MIB:.1f} MiB" if count < 10 * devices.GIB else f"{count / devices.GIB:.1f} GiB"
 
 

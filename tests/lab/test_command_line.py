@@ -325,13 +325,13 @@ def test_how_long_it_takes_is_told_once(capsys):
     steps = [Progress(0, 4, None, "first"), Progress(1, 4, 12.4, "second"), Progress(2, 4, None, "again")]
     assert lab._measure(SimpleNamespace(run=lambda: iter(steps))) is False
     shown = [line for line in capsys.readouterr().err.split("\r") if "|" in line]
-    (told,) = {line.strip() for line in shown if "12 s left" in line}
-    assert "second" in told and "<" not in told and "1/4" in told
-    assert all("<" in line for line in shown if "first" in line or "again" in line)  # the bar's own estimate
+    (told,) = {line.strip() for line in shown if "10 s left" in line}
+    assert "second" in told and "25%" in told
+    assert not any("<" in line for line in shown)  # the bar's own estimate
 
 
 def test_how_long_it_takes_is_told_without_a_bar(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     steps = [Progress(0, 4, None, "first"), Progress(1, 4, 12.4, "second")]
     lab._measure(SimpleNamespace(run=lambda: iter(steps)))
-    assert capsys.readouterr().out == "0 of 4: first\n1 of 4: second, 12 s left\n"
+    assert capsys.readouterr().out == "0%: first\n25%: second, 10 s left\n"

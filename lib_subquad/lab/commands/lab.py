@@ -15,7 +15,7 @@ from ..tune.trials import TUNED, Trial
 from . import files, kept, question
 from .arguments import positive
 
-BAR_WITHOUT_ESTIMATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+BAR = "{l_bar}{bar}| [{elapsed}{postfix}]"  # not with its own estimate: the exploration's knows what is to come
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def _table_rows(exploration: Exploration) -> list[dict[str, str]]:
     return [
         {
             "Setting": trial.label,
-            "Attention a step": f"{trial.seconds * 1e3:.1f} ms",
+            "Attention a step": tables.seconds(trial.seconds),
             "Measured": f"{trial.repeats} times" if trial.rounds else "once",
             "Peak workspace": tables.memory(trial.peak_bytes),
             "": ", ".join(_marks(trial, exploration)),
@@ -98,10 +98,7 @@ def _busyness(others: float | None) -> list[str]:
 
 
 def _measure(exploration: Exploration) -> bool:
-    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept.
-
-    How long it still takes is told once: by the exploration where it knows, else by the bar.
-    """
+    """Measure with a progress bar; whether Ctrl-C stopped it. What was measured until then is kept."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -109,14 +106,13 @@ def _measure(exploration: Exploration) -> bool:
     bar = None
     try:
         for step in exploration.run():
-            left = "" if step.seconds_left is None else f", {step.seconds_left:.0f} s left"
+            left = "" if step.seconds_left is None else f", {tables.duration(step.seconds_left)} left"
             if tqdm is None:
-                print(f"{step.done} of {step.total}: {step.what}{left}")
+                print(f"{step.done / step.total:.0%}: {step.what}{left}")
                 continue
-            if bar is None or bar.total != step.total:
-                bar = tqdm(total=step.total, unit="call") if bar is None else _restart(bar, step.total)
+            if bar is None:
+                bar = tqdm(total=step.total, bar_format=BAR)
             bar.n = step.done
-            bar.bar_format = BAR_WITHOUT_ESTIMATE if left else None
             bar.set_postfix_str(step.what + left)
         if bar is not None:
             bar.n = bar.total
@@ -144,11 +140,6 @@ def _verified(exploration: Exploration, repeats: int) -> str:
         f"Measured again, {repeats} times in turn: {again.seconds / beside.seconds:.3f} of Automatic's time, "
         f"peak {tables.memory(again.peak_bytes)} of {tables.memory(exploration.limit_bytes)} allowed"
     )
-
-
-def _restart(bar: Any, total: int) -> Any:
-    bar.reset(total=total)
-    return bar
 
 
 def _as_json(asked: Question, exploration: Exploration) -> dict[str, Any]:

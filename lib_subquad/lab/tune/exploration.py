@@ -1,7 +1,7 @@
 """Measure engines and chunk sizes on a checkpoint's own attention shapes, and recommend the best setting.
 
 First every candidate is tried once, to leave out what is too slow; then the others are compared, in rounds of all of
-them, until it is clear whether one is faster than Automatic. Only these are shown beside one another.
+them, the more the less steady the machine is. Only these are shown beside one another.
 """
 
 from __future__ import annotations
@@ -22,30 +22,37 @@ from ...plan import Plan, limit_bytes, measured, plan_problem, why_it_cannot
 from ...problem import Problem
 from ...settings import Settings
 from ..explain.rows import Row
-from . import trials
 from .calls import Call, Key, cost, describe, key_of, measure, ran_out
 from .candidates import candidates
-from .trials import AUTOMATIC, TUNED, Trial, about_as_fast
+from .estimate import Estimate
+from .trials import AUTOMATIC, COUNTING, TUNED, Judgement, Trial, front, judged
 
 # Shapes that together make less than this share of the work take their time from Automatic: no setting moves them.
 NEGLIGIBLE_SHARE = 0.03
 
-# A candidate is compared if its only try took at most this much more than the fastest's, times what Automatic's own
-# tries differ by; on a machine so busy that these are many, the slower of them are tried again first.
+# A candidate is compared if its fastest try took at most this much more than the fastest's, times what Automatic's own
+# tries differ by; on a machine so busy that these are many, they are tried again first. There even what took SLOWED
+# times as long is tried once more: so much more than a fused kernel did one other program slow what splits keys.
 PROMISING = 1.1
-REFERENCES = 4  # tries of Automatic among those of the candidates
-FEWEST_FINALISTS, MOST_FINALISTS = 3, 8
+SLOWED = 4
+REFERENCES = 8  # tries of Automatic among those of the candidates
+FEWEST_FINALISTS, USUAL_FINALISTS, MOST_FINALISTS = 3, 6, 8
 MOST_TRIES = 3
+TURNS = 7  # no divisor of the numbers of chunk sizes
 # What takes less memory than anything faster is compared as well, unless it takes this many times as long.
 WORTH_MEMORY = 2
 # The present setting is compared too, unless it is hopeless.
 HOPELESS = 10
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 25  # fewer than seven can show nothing: see trials.CHANCE
+# Rounds on a machine where Automatic's own times never differ by more than UNSTEADY, and the most where they do.
+STEADY_ROUNDS, MOST_ROUNDS = 9, 18
+UNSTEADY = 1.1
+ENOUGH_TO_TELL = 1 / 6  # of all calls, before it is told how long the whole takes
+PARTS = 1000  # of the whole, of which a bar is made
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an exploration is."""
+    """How far an exploration is, in parts of its whole time; `seconds_left` is None before that can be told."""
 
     done: int
     total: int
@@ -79,15 +86,20 @@ class Exploration:
     _measured: dict[Key, list[tuple[float, int]]] = field(default_factory=dict)
     _in_rounds: dict[Key, list[float]] = field(default_factory=dict)  # seconds; the same number of each
     _plans: dict[Settings, list[Call]] = field(default_factory=dict)
+    _judgement: Judgement = Judgement()
+    _wanted: list[Settings] = field(default_factory=list)
+    _began: float | None = None
+    _done: int = 0
 
     def __post_init__(self) -> None:
         self.free_bytes = self.free_bytes or devices.free_bytes(self.device)
+        self._limits = {it.problem: limit_bytes(it.problem, self.settings, self.free_bytes) for it in self.rows}
+        self._estimate = Estimate(self._automatic_calls())
 
     @property
     def limit_bytes(self) -> int:
         """What a call may take, as plans have it."""
-        limits = (limit_bytes(row.problem, self.settings, self.free_bytes) for row in self.rows)
-        return max(limits, default=self.free_bytes * self.settings.memory_limit // 100)
+        return max(self._limits.values(), default=self.free_bytes * self.settings.memory_limit // 100)
 
     def run(self) -> Iterator[Progress]:
         """Measure, telling before every call how far it is. Stop iterating to stop measuring."""
@@ -106,7 +118,7 @@ class Exploration:
     def recommended(self) -> Trial | None:
         """The fastest setting inside the memory limit; Automatic unless another is clearly faster. None before all have
         been compared in enough rounds."""
-        return trials.recommended(self.trials, self.automatic()) if self.rounds >= FEWEST_ROUNDS else None
+        return self._judgement.recommended
 
     def undecided(self) -> list[Trial]:
         """The settings of which repeats do not tell whether they are faster than the recommended one: once complete,
@@ -120,30 +132,19 @@ class Exploration:
     def remarks(self, trial: Trial) -> list[str]:
         """What a table says of a trial beside the recommended one."""
         best = self.recommended()
-        close = best and trial.rounds and trial is not best and about_as_fast(trial, best)
+        beside = best is not None and trial.rounds and trial is not best and trial.fits
         unclear = any(trial is other for other in self.undecided())
-        ahead = best and trial.rounds and trial.seconds < best.seconds and not (close or unclear)
         said = (
-            ("about as fast", close),
-            ("too unsteady to tell", unclear),
-            ("faster by too little to change", ahead and trial.fits),
+            ("too unsteady to tell", beside and unclear),
+            ("no clear difference", beside and not unclear and best and not best.faster_than(trial)),
             ("over the memory limit", not trial.fits),
             ("inexact", trial.settings.engine in order.inexact()),
         )
         return [words for words, true in said if true]
 
-    def _unclear(self) -> bool:
-        """Whether more rounds may tell more: which is the fastest, or whether it is faster than the present setting."""
-        best, today = self.recommended(), self.today()
-        if self.undecided():
-            return True
-        if best is None or today is None or not today.rounds or today is best:
-            return False
-        return best.faster_than(today) is None
-
     def pareto_front(self) -> list[Trial]:
         """Of the trials that were compared, those that no other beats in both time and memory, the fastest first."""
-        return trials.pareto_front([trial for trial in self.trials if trial.rounds], self.recommended())
+        return list(self._judgement.front)
 
     def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial | None]:
         """Trials of these settings from new measurements alone, in rounds that alternate between them; None for what
@@ -171,7 +172,6 @@ class Exploration:
         """Seconds in every round, the fixed order's choice first; nothing where that was not compared, and of no other
         that takes more than it may, or whose engine refused and had it computed by the next."""
         by_rules = plan_problem(problem, replace(self.settings, **AUTOMATIC, measure=False), self.free_bytes)
-        limit = limit_bytes(problem, self.settings, self.free_bytes)
         candidates = {key_of(problem, by_rules): Candidate(by_rules.engine)}
         for settings in self._finalists:
             plan = next(plan for its, plan in self._calls(settings) if its == problem)
@@ -185,7 +185,7 @@ class Exploration:
             for key, candidate in candidates.items()
             if key in self._in_rounds
             and not ran_out(self._measured[key])
-            and statistics.median(peak for _, peak in self._measured[key]) <= limit
+            and statistics.median(peak for _, peak in self._measured[key]) <= self._limits[problem]
         }
         return known if Candidate(by_rules.engine) in known else {}
 
@@ -196,34 +196,65 @@ class Exploration:
     # ------------------------------------------------------------------------------- first every candidate, once each
 
     def _candidates(self) -> list[Settings]:
-        """Automatic, the present setting, and others of which no two come to the same calls."""
-
-        found = list(candidates(self.rows, self.settings))
-        distinct: dict[tuple[Key, ...], Settings] = {}
-        for settings in found:
-            distinct.setdefault(tuple(key_of(*call) for call in self._calls(settings)), settings)
-        return list(dict.fromkeys([*found[:2], *distinct.values()]))
+        """Automatic, the present setting, and others of which no two come to the same calls; small and large tiles in
+        turn, so that it is soon known what an engine takes."""
+        if not self._wanted:
+            found = list(candidates(self.rows, self.settings))
+            distinct: dict[tuple[Key, ...], Settings] = {}
+            for settings in found:
+                distinct.setdefault(tuple(key_of(*call) for call in self._calls(settings)), settings)
+            others = list(distinct.values())
+            in_turn = [settings for start in range(TURNS) for settings in others[start::TURNS]]
+            self._wanted = list(dict.fromkeys([*found[:2], *in_turn]))
+        return self._wanted
 
     def _try(self) -> Iterator[Progress]:
-        left = self._candidates()
-        calls = self._distinct(left)
-        for _ in range(MOST_TRIES):
-            yield from self._one_by_one(self._with_references(calls))
-            left = self._promising(left)
-            if len(left) <= MOST_FINALISTS or self._unsteadiness() <= PROMISING:
-                break
-            calls = self._distinct(left)
+        left, tries = self._candidates(), 0
+        while left:
+            yield from self._one_by_one(self._with_references(self._distinct(left)), "", tries)
+            left, tries = self._tried_again(tries), tries + 1
 
-    def _one_by_one(self, calls: list[Call]) -> Iterator[Progress]:
-        started = time.perf_counter()
-        # What is known of the rest when Automatic has been timed: time goes with scores, whatever computes them.
-        total_cost = sum(cost(problem) for problem, _ in calls)
-        done_cost = 0.0
-        for number, (problem, plan) in enumerate(calls):
-            yield Progress(number, len(calls), _left(started, done_cost, total_cost), describe(problem, plan))
-            self._measure(problem, plan)
-            done_cost += cost(problem)
-            self._tally()
+    def _tried_again(self, tries: int) -> list[Settings]:
+        """What is to be tried once more after so many tries, backwards, because the machine is unsteady."""
+        if self._unsteadiness() <= PROMISING or tries + 1 >= MOST_TRIES:
+            return []
+        left = self._promising(PROMISING * self._unsteadiness() if tries else SLOWED)
+        return left[::-1] if len(left) > MOST_FINALISTS else []
+
+    def _one_by_one(self, calls: Sequence[Call], again: str, tries: int = 0) -> Iterator[Progress]:
+        """Measure these, which were tried so often before."""
+        for number, call in enumerate(calls):
+            began = time.perf_counter()
+            yield self._progress(calls[number:], again + describe(*call), tries)
+            self._measure(*call)
+            self._estimate.learn(call, time.perf_counter() - began)
+            if not self._finalists:
+                self._tally()
+
+    def _progress(self, calls: Sequence[Call], what: str, tries: int) -> Progress:
+        now = time.perf_counter()
+        self._began = now if self._began is None else self._began
+        left = self._seconds_left(calls, tries)
+        if left is not None:
+            done = (now - self._began) / (now - self._began + left)
+            self._done = min(max(self._done, int(done * PARTS)), PARTS - 1)  # a bar never goes back
+        return Progress(self._done, PARTS, left, what)
+
+    def _seconds_left(self, calls: Sequence[Call], tries: int) -> float | None:
+        """Of these calls and of what will come after them, by what is known now."""
+        these = self._estimate.of(calls)
+        if these is None or len(self._measured) < ENOUGH_TO_TELL * len(self._distinct(self._candidates())):
+            return None
+        if self._finalists:
+            return these + (self._planned_rounds() - self.rounds - 1) * (self._estimate.of(self._round()) or 0.0)
+        again = self._distinct(self._tried_again(tries))
+        finalists = self._choose_finalists()
+        untried = 1 - len(self.trials) / len(self._candidates())
+        missing = max(0, USUAL_FINALISTS - len(finalists)) * untried
+        of_known, of_automatic, of_again = (
+            self._estimate.of(calls) or 0.0 for calls in (self._distinct(finalists), self._automatic_calls(), again)
+        )
+        return these + of_again + self._planned_rounds() * (of_known + missing * of_automatic)
 
     def _with_references(self, calls: list[Call]) -> list[Call]:
         """The costliest call of Automatic between these, again and again: what its times differ by is the machine's."""
@@ -232,19 +263,18 @@ class Exploration:
         return [call for part in parts for call in (*part, self._reference())]
 
     def _reference(self) -> Call:
-        return max(self._calls(replace(self.settings, **AUTOMATIC)), key=lambda call: cost(call[0]))
+        return max(self._automatic_calls(), key=lambda call: cost(call[0]))
 
     def _unsteadiness(self) -> float:
         """How many times as long as the fastest try of the reference the slowest took."""
         seconds = [seconds for seconds, _ in self._measured[key_of(*self._reference())]]
         return max(seconds) / min(seconds) if math.isfinite(max(seconds)) else 1.0
 
-    def _promising(self, candidates: Iterable[Settings]) -> list[Settings]:
-        """Those that may be among the fastest, the fastest first."""
-        found = [trial for trial in map(self._trial, candidates) if trial is not None and trial.fits]
+    def _promising(self, times: float) -> list[Settings]:
+        """Those that take at most so many times as long as the fastest, which comes first."""
+        found = [trial for trial in map(self._trial, self._candidates()) if trial is not None and trial.fits]
         found.sort(key=lambda trial: trial.fastest_seconds)
-        enough = found[0].fastest_seconds * PROMISING * self._unsteadiness() if found else 0.0
-        promising = sum(trial.fastest_seconds <= enough for trial in found)
+        promising = sum(trial.fastest_seconds <= found[0].fastest_seconds * times for trial in found)
         return [trial.settings for trial in found[: max(promising, FEWEST_FINALISTS)]]
 
     def _choose_finalists(self) -> list[Settings]:
@@ -255,21 +285,25 @@ class Exploration:
         given = [trial for trial in given if trial.fastest_seconds <= fastest * HOPELESS]
         if not near and self.trials:  # nothing fits: what takes the least
             near = [min(self.trials, key=lambda trial: trial.peak_bytes)]
-        chosen = [trial.settings for trial in (*given, *trials.pareto_front(near))]
-        return list(dict.fromkeys([*chosen, *self._promising(self._candidates())[:MOST_FINALISTS]]))
+        smaller = front(sorted(near, key=lambda trial: (trial.seconds, trial.peak_bytes)))
+        chosen = [trial.settings for trial in (*given, *smaller)]
+        promising = self._promising(PROMISING * self._unsteadiness())
+        return list(dict.fromkeys([*chosen, *promising[:MOST_FINALISTS]]))
 
     # ------------------------------------------------------------------------- then what is left of them, side by side
 
     def _compare(self) -> Iterator[Progress]:
-        while self.rounds < FEWEST_ROUNDS or (self.rounds < MOST_ROUNDS and self._unclear()):
-            planned = FEWEST_ROUNDS if self.rounds < FEWEST_ROUNDS else MOST_ROUNDS
+        while self.rounds < self._planned_rounds():
             calls = self._round()
-            for number, (problem, plan) in enumerate(calls):
-                done = self.rounds * len(calls) + number
-                yield Progress(done, planned * len(calls), None, "again: " + describe(problem, plan))
-                self._measure(problem, plan)
+            yield from self._one_by_one(calls, "again: ")
             self._end_round(calls)
             self._tally()
+
+    def _planned_rounds(self) -> int:
+        """Enough for some of them to be as quiet as the quietest of Automatic's times so far."""
+        runs = [seconds for seconds, _ in self._measured[key_of(*self._reference())]]
+        quiet = sum(seconds <= min(runs) * UNSTEADY for seconds in runs) / len(runs)
+        return min(MOST_ROUNDS, math.ceil(STEADY_ROUNDS / quiet))
 
     def _round(self) -> list[Call]:
         """The finalists' calls, those on one shape side by side; every other round runs backwards, so that none always
@@ -301,6 +335,9 @@ class Exploration:
             self._plans[settings] = pairs
         return self._plans[settings]
 
+    def _automatic_calls(self) -> list[Call]:
+        return self._calls(replace(self.settings, **AUTOMATIC))
+
     def _matters(self, row: Row) -> bool:
         whole = sum(cost(other.problem) * other.layers for other in self.rows)
         return cost(row.problem) * row.layers >= NEGLIGIBLE_SHARE * whole
@@ -315,6 +352,9 @@ class Exploration:
         compared = [trial for trial in found if trial.rounds]
         self.trials = compared or found
         self.tried = [trial for trial in found if compared and not trial.rounds]
+        if self.rounds >= COUNTING:
+            self._judgement = judged(compared, self.automatic())
+            self.trials = list(self._judgement.trials)
 
     def _trial(self, settings: Settings) -> Trial | None:
         """What its measurements come to; None where some are missing, or it ran out of memory."""
@@ -324,24 +364,16 @@ class Exploration:
             return None
         first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))
         peaks = [statistics.median(peak for _, peak in runs_of_call) for runs_of_call in runs]
-        limits = [limit_bytes(problem, self.settings, self.free_bytes) for problem, _ in calls]
-        fits = all(peak <= limit for peak, limit in zip(peaks, limits))
+        fits = all(peak <= self._limits[problem] for peak, (problem, _) in zip(peaks, calls))
         trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits)
-        rounds = self._rounds(settings)
-        if len(rounds) < 2:
-            return trial
-        whole = (seconds for seconds in map(self._rounds, self._finalists) if len(seconds) == self.rounds)
-        return trial.in_rounds(rounds, next(whole, rounds))
+        rounds = self._rounds(calls)
+        return trial.in_rounds(rounds) if len(rounds) > 1 else trial
 
-    def _rounds(self, settings: Settings) -> list[float]:
-        """Seconds of a step in every round."""
-        calls = (self._in_rounds.get(key_of(*call), ()) for call in self._calls(settings))
-        return [self._step(seconds) for seconds in zip(*calls) if math.isfinite(sum(seconds))]
+    def _rounds(self, calls: Sequence[Call]) -> list[float]:
+        """Seconds of a step in every round, the fastest first: each call's fastest, each call's second, and so on."""
+        of_calls = (sorted(self._in_rounds.get(key_of(*call), ())) for call in calls)
+        return [self._step(seconds) for seconds in zip(*of_calls)]
 
     def _step(self, seconds: Iterable[float]) -> float:
         """From seconds of every row's call to those of a whole sampling step."""
         return sum(row.layers * of_call for row, of_call in zip(self.rows, seconds))
-
-
-def _left(started: float, done: float, total: float) -> float | None:
-    return None if not done else (time.perf_counter() - started) * (total - done) / done
