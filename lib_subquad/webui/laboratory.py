@@ -12,7 +12,7 @@ from .. import device as devices
 from ..console import UserError
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import TUNED
-from . import measuring, models, options, status, words
+from . import measuring, models, options, results, status, words
 from .hosts import host
 
 
@@ -101,7 +101,7 @@ class Laboratory:
             for step in exploration.run():
                 if run.cancelled:
                     break
-                yield words.CSS + words.progress(step.done, step.total, step.seconds_left, step.what)
+                yield words.CSS + results.progress(step.done, step.total, step.seconds_left, step.what)
         except Exception as error:  # a device that cannot even be measured says so in its own words
             yield words.CSS + words.warning(f"Measuring stopped: {error}")
             return
@@ -118,7 +118,7 @@ class Laboratory:
         run.exploration = exploration
         measuring.keep(exploration.found())
         cancelled = words.warning("Cancelled: this is what had been measured.") if run.cancelled else ""
-        yield cancelled + words.trial_table(exploration)
+        yield cancelled + results.trial_table(exploration)
 
     def cancel(self, run: Run | None) -> str:
         """Stop this page's own run, and no other's."""
