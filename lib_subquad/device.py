@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 import torch
 from torch.torch_version import TorchVersion
 
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
