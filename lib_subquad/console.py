@@ -12,7 +12,14 @@ from typing import TextIO
 
 
 class UserError(ValueError):
-    """What was asked for cannot be; the message is a sentence for the user, who can put it right."""
+    """What was asked for cannot be; the message is a sentence for the user, who can put it right.
+
+    `step`: how, in a sentence of its own, where there is one thing to do.
+    """
+
+    def __init__(self, message: str = "", step: str = "") -> None:
+        super().__init__(f"{message} {step}".rstrip())
+        self.message, self.step = message, step
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.utils._python_dispatch
 from torch.torch_version import TorchVersion
 
+KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 ANSWER = "#subquad_answer"
+SENTENCE = "#subquad_sentence"
+DETAILS = "#subquad_details"
+MEASURE = "Measure"
 
 
 class AttentionTab:
@@ -16,11 +19,45 @@ class AttentionTab:
     def open(self, side: int | None = None) -> AttentionTab:
         """Bring it to the front, and ask about an image of side x side pixels."""
         self.page.locator("#tabs button").get_by_text("Attention", exact=True).first.click()
-        self.page.wait_for_selector("#subquad_explain")
+        self.page.wait_for_selector(f"{SENTENCE} .subquad-sentence")
         if side is not None:
             for name in ("width", "height"):
                 set_number(self.page, f"subquad_{name}", side)
         return self
+
+    def unfold(self, fold: str = "details_fold") -> None:
+        """Open what is folded up, if it is not open."""
+        inside = self.page.locator(f"#subquad_{fold} .label-wrap + div").first
+        if not inside.is_visible():
+            self.page.locator(f"#subquad_{fold} .label-wrap").first.click()
+        inside.wait_for(state="visible")
+
+    def buttons(self) -> dict[str, str]:
+        """What is written on each button that can be pressed, by its name."""
+        found = {name: self.page.locator(f"#subquad_{name}").first for name in ("measure", "cancel", "apply", "undo")}
+        return {name: it.inner_text().strip() for name, it in found.items() if it.is_visible() and it.is_enabled()}
+
+    def wait_for_buttons(self, *names: str) -> dict[str, str]:
+        """Until these can be pressed, and no others."""
+        self.page.wait_for_function(
+            """names => ["measure", "cancel", "apply", "undo"].every(name => {
+                const it = document.querySelector(`#subquad_${name}`);
+                return names.includes(name) === (it.getClientRects().length > 0 && !it.disabled);
+            })""",
+            arg=list(names),
+        )
+        return self.buttons()
+
+    @property
+    def sentence(self) -> str:
+        return self.page.locator(SENTENCE).last.inner_text()
+
+    @property
+    def size(self) -> tuple[str, str]:
+        """Width and height as they stand in their fields."""
+        fields = (self.page.locator(f"#subquad_{name} input").first for name in ("width", "height"))
+        width, height = (field.input_value() for field in fields)
+        return width, height
 
     def click(self, button: str) -> None:
         self.page.click(f"#subquad_{button}")
@@ -52,60 +89,77 @@ class AttentionTab:
         return query, keys, self.page.locator("[id=setting_subquad_engine] input:checked").first.input_value()
 
 
-def from_explain_to_undo(page, set_query_chunk: Callable[[int], None], generate: Callable[[], int]) -> None:
-    """The whole way: explain, measure, cancel, measure, apply, generate, see it in the status line, undo.
+def from_answer_to_undo(page, set_query_chunk: Callable[[int], None], generate: Callable[[], int]) -> None:
+    """The whole way: answer, measure, cancel, measure, apply, generate, see it in the status line, undo; and which
+    buttons there are at each step.
 
-    `set_query_chunk` sets the slider as a visitor of this host does, `generate` makes an image and tells how many
+    `set_query_chunk` sets the slider as a visitor of this host does, `generate` makes a square image and tells how many
     tokens it has; both may leave the tab.
     """
     tab = AttentionTab(page).open(side=512)  # of which measuring does not end before it is cancelled
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert page.locator(f"{ANSWER} abbr[title]").count() >= 9
-    assert "4096" in page.locator(f"{ANSWER} tbody tr").first.inner_text()
+    tab.wait_for(SENTENCE, "at 512 × 512 on")
+    assert list(tab.wait_for_buttons("measure").values()) == [MEASURE]
+    tab.unfold()
+    tab.wait_for(DETAILS, "attention layers in the U-Net")
+    assert page.locator(f"{DETAILS} abbr[title]").count() >= 8
+    assert "64²" in page.locator(f"{DETAILS} tbody tr").first.inner_text()
 
     tab.click("measure")
     tab.wait_until_measuring()
+    tab.wait_for_buttons("cancel")
     tab.click("cancel")
     tab.wait_for(ANSWER, "Cancelled")
+    tab.wait_for_buttons("measure")
 
     set_query_chunk(1)  # a setting that Automatic beats by far, so that there is something to apply
     tab.open(side=256)
+    tab.wait_for(SENTENCE, "at 256 × 256 on")
+    tab.wait_for(SENTENCE, "Measure tells which is faster")
     tab.click("measure")
     tab.wait_until_measuring()
     tab.wait_for(f"{ANSWER} table", "recommended")
-    page.wait_for_selector("#subquad_plot img")
+    page.wait_for_selector("#subquad_plot img, #subquad_answer svg")
 
     assert tab.settings == ("1", "0", "automatic")
+    assert tab.wait_for_buttons("measure", "apply")["apply"].startswith("Apply: ")
     tab.click("apply")
     tab.wait_for("#subquad_message", "→")
     page.wait_for_function("() => document.querySelector('[id=setting_subquad_query_chunk] input').value !== '1'")
     query_chunk, kv_chunk, engine = tab.settings
     assert (query_chunk, kv_chunk, engine) != ("1", "0", "automatic")
+    assert "query chunk 1" in tab.wait_for_buttons("measure", "undo")["undo"]
 
     tokens = generate()
-    tab.open()  # asks anew what the state is
+    tab.open()  # tells at once what the state is
     tab.wait_for("#subquad_status", "Last generation")
+    side = str(int(tokens**0.5) * 8)
+    tab.wait_for(SENTENCE, f"at {side} × {side} on")
+    assert tab.size == (side, side)
     assert "subquad is active" in tab.status
     assert page.locator("#subquad_status abbr[title]").count() >= 5
-    assert ", 1 x " not in tab.status  # no longer one query at a time
+    assert ", 1 × " not in tab.status  # no longer one query at a time
     assert ("portable" if engine == "portable" else "fused") in tab.status
     if query_chunk != "0":
-        assert f" {min(int(query_chunk), tokens)} x " in tab.status
+        assert f" {min(int(query_chunk), tokens)} × " in tab.status
 
     tab.click("undo")
     tab.wait_for_setting("query_chunk", "1")
     assert tab.settings == ("1", "0", "automatic")
+    tab.wait_for_buttons("measure", "apply")
 
 
-def hidden_columns(page) -> list[str]:
-    """What an answer's tables tell that cannot be seen at this width without moving them aside."""
+def cut_off(page) -> list[str]:
+    """What of the tab is wider than its place, scrolls sideways or lies outside of the page."""
     return page.evaluate(
-        """answer => [...document.querySelectorAll(`${answer} .subquad-table td`)].filter(cell => {
-            const box = cell.getBoundingClientRect();
-            return cell.innerText && !(0 <= box.left && box.width && box.right <= innerWidth);
-        }).map(cell => cell.innerText)""",
-        ANSWER,
+        """() => [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
+            const box = it.getBoundingClientRect();
+            if (!box.width || !box.height || it.closest(".subquad-table thead, svg")) return false;
+            if (getComputedStyle(it).visibility === "hidden") return false;
+            const wide = it.clientWidth && it.scrollWidth > it.clientWidth + 1;
+            return wide || box.left < -1 || box.right > document.documentElement.clientWidth + 1;
+        }).map(it => `${it.tagName} ${it.id} ${it.className}: ${it.scrollWidth} in ${it.clientWidth}, ` +
+            `${it.innerText || it.value || ""}`.slice(0, 80)).concat(
+            document.documentElement.scrollWidth > innerWidth ? ["the page scrolls sideways"] : [])"""
     )
 
 

@@ -60,7 +60,7 @@ def read_attention_layers(path: str | os.PathLike[str], heads: int | None = None
         checkpoint = families.describe(tensors, rule)
     except CheckpointError as error:
         raise CheckpointError(f"{named(path.name)}: {error}") from error
-    return replace(checkpoint, notes=checkpoint.notes + notes)
+    return replace(checkpoint, notes=checkpoint.notes + notes, about_model=checkpoint.about_model + notes)
 
 
 def from_shapes(shapes: Mapping[str, Sequence[int]], heads: int | None = None) -> Checkpoint:

@@ -131,6 +131,7 @@ class Checkpoint:
         layers: the attention layers that this extension serves, the model's in the order they run, then the VAE's.
             Empty for a model that is recognised but not served, and for one that is not recognised.
         notes: sentences for the user: where the number of heads comes from, what is missing, what was not recognised.
+        about_model: those of the notes that are about the U-Net or transformer alone.
         largest_side: pixels along the longest side of an image that the model knows positions for; None for any.
     """
 
@@ -138,6 +139,7 @@ class Checkpoint:
     layers: tuple[AttentionLayer, ...] = ()
     notes: tuple[str, ...] = ()
     largest_side: int | None = None
+    about_model: tuple[str, ...] = ()
 
 
 def check_whole(name: str, value: Any, minimum: int) -> None:

@@ -55,12 +55,19 @@ def ratio(value: float | None) -> str:
 
 
 def memory(count: float | None) -> str:
-    """A number of bytes."""
+    """A number of bytes, none so small a part of its unit that nothing is left of it."""
     if count is None:
         return NOTHING
-    if 0 < count < devices.MIB / 20:
-        return f"{count / 1024:.1f} KiB"
-    return f"{count / devices.MIB:.1f} MiB" if count < 10 * devices.GIB else f"{count / devices.GIB:.1f} GiB"
+    if 0 < count < devices.MIB / 10:
+        return f"{_digits(max(count / devices.KIB, 0.1))} KiB"
+    if count < 10 * devices.GIB:
+        return f"{_digits(count / devices.MIB)} MiB"
+    return f"{_digits(count / devices.GIB)} GiB"
+
+
+def _digits(value: float) -> str:
+    """As many as tell anything."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}".removesuffix(".0")
 
 
 def error(value: float | None) -> str:

@@ -132,7 +132,7 @@ def status_route() -> StatusResponse:
         fields = {name: getattr(seen.largest, name) for name in names}
     return StatusResponse(
         active=host().active,
-        standing=sendable(": ".join(filter(None, (standing.is_so, standing.why)))),
+        standing=sendable(str(standing)),
         summary=sendable(status.summary()),
         calls=seen.calls,
         retries=seen.retries,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from .. import memory
 from ..engines.table import Found
 from . import options, status
@@ -17,11 +19,32 @@ def begin(p) -> None:
     # What was said of the image before: the cells of a grid share their parameters.
     for name in (RETRIES, RERUNS, MEASURED, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
-    status.begin()
+    status.begin(_images(p))
     memory.forget()  # the model may have been moved since
     host().prepare()
     if host().active:
         p.extra_generation_params.update(options.changed_from_default())
+
+
+def sizes(p) -> list[tuple[int, int]]:
+    """(width, height) of the images that a request makes: hires fix makes a second one of the first."""
+    found = [(p.width, p.height)]
+    if getattr(p, "enable_hr", False):
+        width, height = p.hr_resize_x, p.hr_resize_y  # 0: by the other one, or by the scale
+        found.append(
+            (
+                int(width or height * p.width / p.height or p.width * p.hr_scale),
+                int(height or width * p.height / p.width or p.height * p.hr_scale),
+            )
+        )
+    return list(dict.fromkeys(found))
+
+
+def _images(p) -> status.Images | None:
+    """The last and largest of them, for whoever looks at the tab next."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError, ArithmeticError):  # others fill it in as they like
+        return status.Images(*map(int, (*sizes(p)[-1], p.batch_size)))
+    return None
 
 
 def begin_batch(p) -> None:

@@ -1,9 +1,11 @@
-"""What the tab's buttons do: explain, measure, apply, undo. No gradio here."""
+"""What the tab answers and its buttons do: look, measure, apply, undo. No gradio here."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Iterator, Mapping
 from html import escape
 
 from modules import shared
@@ -13,20 +15,47 @@ from ..console import UserError
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import TUNED
 from . import measuring, models, options, results, status, words
+from .answer import Answer, answer
 from .hosts import host
+from .words import Said
+
+FORGOTTEN_SECONDS = 60
+TURN_SECONDS = 0.25  # between two looks whether the device is free
 
 
 class Run:
-    """What one page measures: it waits for its turn, runs, and has ended; the wish that it stop; what was explored.
+    """What one page measures: it may have to be confirmed, waits for its turn, runs, and has ended; the wish that it
+    stop; what was explored.
 
-    `withdrawn`: it was cancelled before its turn came, and will never run.
+    `waiting`: until its turn has come. `taken_up`: gradio's queue has let it begin, but an image may be in the way.
+    `withdrawn`: it was cancelled before its turn came, and will never run. `unconfirmed`: others wait, and whoever
+    asked for it was told so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unconfirmed: bool = False) -> None:
         self.exploration: Exploration | None = None
-        self.waiting = True
-        self.running = self.cancelled = self.withdrawn = False
+        self.unconfirmed = unconfirmed
+        self.waiting = not unconfirmed
+        self.running = self.cancelled = self.withdrawn = self.taken_up = False
+        self._asked = time.monotonic()
         self._lock = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        return self.waiting or self.running
+
+    @property
+    def in_the_way(self) -> bool:
+        """Whether others have to wait for it. A page that was closed leaves a wish that nobody takes up."""
+        forgotten = not self.taken_up and time.monotonic() - self._asked > FORGOTTEN_SECONDS
+        return self.running or self.waiting and not forgotten
+
+    def take_up(self) -> bool:
+        """Whether it is to wait for the device now. Once, and not when it was withdrawn meanwhile."""
+        with self._lock:
+            begins = self.waiting and not self.taken_up
+            self.taken_up = self.taken_up or begins
+            return begins
 
     def begin(self) -> bool:
         """Its turn has come: whether it is to run. Once, and not when it was withdrawn meanwhile."""
@@ -47,37 +76,64 @@ class Run:
 
 
 class Laboratory:
-    """One for all visitors, as the settings are: what the last Apply replaced."""
+    """One for all visitors, as the settings are: what the last Apply replaced, and who measures or is about to."""
 
     def __init__(self) -> None:
         self._replaced: dict[str, object] | None = None
-        self._measuring = False
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
+        self._asking = threading.Lock()
 
-    def explain(self, checkpoint: str, width, height, batch) -> str:
-        """The plan table, as HTML."""
-        try:
-            return words.plan_table(models.question(checkpoint, width, height, batch))
-        except UserError as error:
-            return words.CSS + words.warning(str(error))
+    @property
+    def measuring(self) -> bool:
+        """Whether some page measures at this moment."""
+        return any(run.running for run in list(self._runs))
+
+    def look(self, checkpoint: str, width, height, batch) -> tuple[Answer, str]:
+        """The answer to a question, and its details as HTML. However many ask at once, one at a time: they are answered
+        in the order in which they came, and take no more than one processor."""
+        with self._asking:
+            standing, active = host().standing(), host().active
+            try:
+                asked = models.question(checkpoint, width, height, batch)
+            except UserError as error:
+                return answer(error, standing, active), words.line(escape(str(error)))
+            return answer(asked, standing, active), words.details(asked)
 
     def request(self, run: Run | None) -> tuple[Run, str]:
         """What a page is to measure next, and a sentence. Known from now on, so that it can be cancelled while it waits
-        for its turn; a page measures one thing at a time."""
-        if run is not None and (run.waiting or run.running):
-            return run, "This page is measuring already."
-        return Run(), ""
+        for its turn; a page measures one thing at a time. Where others wait it is to be asked for twice."""
+        if run is not None and run.busy:
+            return run, words.MEASURING_ALREADY
+        others = self._others()
+        if others and not (run is not None and run.unconfirmed):
+            return Run(unconfirmed=True), Said(words.OTHERS_WAIT, who=others).html()
+        run = Run()
+        self._runs.add(run)
+        return run, ""
+
+    def is_to_be_confirmed(self, run: Run | None) -> bool:
+        """Whether this page has been told that others wait, and they still do."""
+        return run is not None and run.unconfirmed and bool(self._others())
+
+    def _others(self) -> tuple[Said, ...]:
+        """Who wants the device, in words."""
+        measuring = sum(run.in_the_way for run in list(self._runs))
+        images = host().waiting() - self.measuring  # which holds the lock as an image does
+        told = ((images, words.IMAGES_WAIT), (measuring, words.PAGES_MEASURE))
+        return tuple(Said(forms[min(count, 2)], count=count) for count, forms in told if count > 0)
 
     def measure(self, checkpoint: str, width, height, batch, run: Run | None = None) -> Iterator[tuple[str, Run]]:
         """(HTML, run) as measuring goes on; nothing when it was cancelled before its turn came.
 
-        Generation waits meanwhile; the device's memory is given back.
+        It waits while an image is made. Generation waits meanwhile; the device's memory is given back.
         """
         run = run or Run()
-        if not run.begin():
+        if not run.take_up():
             return
+        self._runs.add(run)
         try:
-            for answer in self._measure(run, checkpoint, width, height, batch):
-                yield answer, run
+            for told in self._measure(run, checkpoint, width, height, batch):
+                yield told, run
         finally:  # also when the visitor closes the page
             run.end()
 
@@ -85,58 +141,68 @@ class Laboratory:
         try:
             asked = models.question(*question)
         except UserError as error:
-            yield words.CSS + words.warning(str(error))
+            yield words.warning(str(error))
             return
         rows = asked.rows()
         if not rows:
-            yield words.CSS + words.warning("This checkpoint has no attention layer that subquad serves.")
+            yield words.warning(str(Said(words.NOT_SERVED, model=asked.checkpoint.family)))
             return
-        if not host().lock().acquire(blocking=False):
-            busy = "Another page is measuring" if self._measuring else "An image is being made"
-            yield words.CSS + words.warning(f"{busy}: measure when it is done.")
-            return
-        self._measuring = True
+        while not host().lock().acquire(blocking=False):
+            yield words.line(words.WAITS_FOR_MEASURING if self.measuring else words.WAITS_FOR_IMAGE)
+            time.sleep(TURN_SECONDS)
+            if not run.waiting:
+                return
         try:
+            if not run.begin():
+                return
             exploration = Exploration(rows, asked.settings, asked.device, asked.free_bytes)
             for step in exploration.run():
                 if run.cancelled:
                     break
-                yield words.CSS + results.progress(step.done, step.total, step.seconds_left, step.what)
+                yield results.progress(step.done, step.total, step.seconds_left, step.what)
         except Exception as error:  # a device that cannot even be measured says so in its own words
-            yield words.CSS + words.warning(f"Measuring stopped: {error}")
+            yield words.warning(str(Said(words.STOPPED, error=error)))
             return
         finally:
             try:
                 devices.release_cached(asked.device)
             finally:  # whatever became of the device: without the lock no image is made any more
-                self._measuring = False
                 host().lock().release()
         if not exploration.trials:
-            why = "Cancelled before a first setting was measured." if run.cancelled else "Nothing fits here."
-            yield words.CSS + words.warning(why)
+            yield words.warning(words.CANCELLED_EARLY if run.cancelled else words.NOTHING_FITS)
             return
         run.exploration = exploration
         measuring.keep(exploration.found())
-        cancelled = words.warning("Cancelled: this is what had been measured.") if run.cancelled else ""
+        cancelled = words.warning(words.CANCELLED) if run.cancelled else ""
         yield cancelled + results.trial_table(exploration)
 
     def cancel(self, run: Run | None) -> str:
         """Stop this page's own run, and no other's."""
-        if run is None or not (run.waiting or run.running):
-            return "Nothing is being measured on this page."
+        if run is None or not run.busy:
+            return words.NOT_MEASURING
         run.cancel()
-        if run.withdrawn:
-            return "Cancelled before its turn came: nothing was measured."
-        return "Measuring stops when the call under way has ended."
+        return words.WITHDRAWN if run.withdrawn else words.STOPPING
+
+    def offer(self, run: Run | None) -> str:
+        """What Apply would change, in a few words; empty where there is nothing to apply."""
+        exploration = run.exploration if run and not run.busy else None
+        trial = exploration.recommended() if exploration else None
+        if trial is None:
+            return ""
+        wanted = {name: getattr(trial.settings, name) for name in TUNED}
+        return _changes(wanted, {name: getattr(host().settings(), name) for name in TUNED})
+
+    def undoable(self) -> str:
+        """What Undo would bring back, in a few words; empty where there is nothing to undo."""
+        now = {name: getattr(shared.opts, options.key(name)) for name in TUNED}
+        return _changes(self._replaced or {}, now)
 
     def apply(self, run: Run | None) -> tuple[str, dict[str, object]]:
         """Set what this page was recommended: a message, and the settings that sliders are to show."""
         exploration = run.exploration if run else None
         trial = exploration.recommended() if exploration else None
         if trial is None:
-            if exploration:
-                return "There is nothing to apply: it ended before settings were compared.", {}
-            return "Measure first: there is nothing to apply yet.", {}
+            return words.NOTHING_TO_APPLY if exploration else words.MEASURE_FIRST, {}
         wanted = {name: getattr(trial.settings, name) for name in TUNED}
         before = {name: getattr(shared.opts, options.key(name)) for name in TUNED}
         message, changed = _set(wanted)
@@ -147,7 +213,7 @@ class Laboratory:
     def undo(self) -> tuple[str, dict[str, object]]:
         """Take the last Apply back."""
         if self._replaced is None:
-            return "There is nothing to undo.", {}
+            return words.NOTHING_TO_UNDO, {}
         message, changed = _set(self._replaced)
         if changed:
             self._replaced = None
@@ -168,11 +234,11 @@ class Laboratory:
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""
         standing = host().standing()
-        why = f": {escape(standing.why)}" if standing.why else "."
+        why = escape(f": {standing.why} {standing.step}".rstrip() if standing.why else ".")
         offered = options.offered()
-        line = words.line(f"<b>{standing.is_so}</b>{why} {words.last_generation(status.generation())}")
+        line = words.line(f"<b>{escape(standing.is_so)}</b>{why} {words.last_generation(status.generation())}")
         kept = "".join(words.kept_setting(offered[name], word) for name, word in options.kept().items())
-        return words.CSS + line + words.measured(measuring.known(), host().settings()) + kept
+        return line + words.measured(measuring.known(), host().settings()) + kept
 
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
@@ -195,8 +261,15 @@ def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
             host().save()
         except (AssertionError, OSError) as error:
             refused.append(f"not saved to the config file: {error}")
-    message = ". ".join([*told, *refused]) or "Nothing to change: these settings are in force already."
+    message = ". ".join([*told, *refused]) or words.IN_FORCE
     return message, {options.key(name): value for name, (_, value) in changed.items()}
+
+
+def _changes(wanted: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """The settings that would change, each with what it would become."""
+    changed = {name: value for name, value in wanted.items() if value != now[name]}
+    told = (f"{words.SETTING_NAMES[name]} {value or words.AUTOMATIC}" for name, value in changed.items())
+    return ", ".join(told)
 
 
 LABORATORY = Laboratory()

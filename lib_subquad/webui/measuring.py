@@ -15,7 +15,7 @@ from ..lab.measured import file, rounds
 from ..plan import goes_by_measurements
 from ..problem import Problem
 from ..settings import Settings
-from . import models, status
+from . import infotext, models, status
 from .hosts import host
 
 _said: set[str] = set()
@@ -80,7 +80,7 @@ def _before(p) -> None:
     settings = host().settings()
     if not (host().active and goes_by_measurements(settings)) or host().interrupted():
         return
-    sizes = _sizes(p)
+    sizes = infotext.sizes(p)
     rows = [row for size in sizes for row in models.question(models.LOADED, *size, p.batch_size).rows()]
     new = rounds.unknown([(row.problem, row.layers) for row in rows], settings)
     if new:
@@ -111,20 +111,6 @@ def _measured(new: list[Problem], settings: Settings, seconds: float) -> dict[Cl
 def _go_on(_what: str) -> None:
     if host().interrupted():
         raise _Interrupted
-
-
-def _sizes(p) -> list[tuple[int, int]]:
-    """Of the images that a request makes: hires fix makes a second one of the first."""
-    sizes = [(p.width, p.height)]
-    if getattr(p, "enable_hr", False):
-        width, height = p.hr_resize_x, p.hr_resize_y  # 0: by the other one, or by the scale
-        sizes.append(
-            (
-                int(width or height * p.width / p.height or p.width * p.hr_scale),
-                int(height or width * p.height / p.width or p.height * p.hr_scale),
-            )
-        )
-    return list(dict.fromkeys(sizes))
 
 
 def _in_words(found: Mapping[Class, Found], asked: int, rows: Iterable[Row]) -> str:

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..engines.table import Found
 from ..plan import Plan
 from ..retry import RETRY_REASON
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether subquad computes attention here, in words: what is so, why, and what to do about it. All plain text."""
+
+    is_so: str
+    why: str = ""
+    step: str = ""
+
+    def __str__(self) -> str:
+        told = ": ".join(filter(None, (self.is_so, self.why)))
+        return f"{told} {self.step}".rstrip()
+
+
+class Images(NamedTuple):
+    """The size, in pixels, and the number of those that are made at once."""
+
+    width: int
+    height: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -28,10 +50,13 @@ class Generation:
     `begun`: there was one, so that silence says that nothing of it was ours. `passed_on` counts the calls that came to
     us and that the web UI's own attention computed, by the reason; `reruns` those of which an inexact engine's result
     was of no use, so that an exact one computed them again. `measuring` says what is measured before it, and then what
-    was found; `measured` holds the findings that its calls went by instead of by the fixed order.
+    was found; `measured` holds the findings that its calls went by instead of by the fixed order. `number` tells it
+    from those before; `images` are what was asked for, as far as that can be told.
     """
 
     begun: bool = False
+    number: int = 0
+    images: Images | None = None
     calls: int = 0
     retries: int = 0
     reruns: int = 0
@@ -59,10 +84,10 @@ class Generation:
 _generation = Generation()
 
 
-def begin() -> None:
+def begin(images: Images | None = None) -> None:
     """A generation begins: forget the one before."""
     global _generation
-    _generation = Generation(begun=True)
+    _generation = Generation(begun=True, number=_generation.number + 1, images=images)
 
 
 def record(plan: Plan, place: object | None = None) -> None:

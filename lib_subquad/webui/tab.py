@@ -1,4 +1,4 @@
-"""The tab "Attention": what attention costs here, and the best sizes for this device, one button away."""
+"""The tab "Attention": how attention is computed here, and the best sizes for this device, one button away."""
 
 from __future__ import annotations
 
@@ -14,51 +14,19 @@ from gradio.context import Context
 from modules import shared
 
 from ..console import say
-from . import models, words
+from . import browser, models, status, words
+from .answer import Answer
 from .laboratory import LABORATORY
+from .words import LABELS, Said
 
-TITLE = "Attention"
 ELEMENT = "subquad_tab"
+USUAL = status.Images(512, 512, 1)
 # The parameter that takes JavaScript changed its name in gradio 4.
 SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 
-INTRODUCTION = """\
-Attention is the part of the model in which every piece of the image looks at every other one; it is what takes the most
-memory in large images. *Explain* shows at once how it will be computed for an image of your size. *Measure* tries
-engines and chunk sizes on this device, which takes a minute or so, longer for large images, and *Apply* sets the best
-one.
-"""
-
-FORGETTING = """\
-Before the first image of a new size the exact engines are timed on this device for a few seconds, and *automatic* takes
-the fastest from then on. They are timed again when the device, its driver or torch changes. If other programs were busy
-meanwhile, forget what was measured: it is measured anew before the next image.
-"""
-
-# Settings pages that are open show a value until they are told another; the web UI's own widgets carry these ids, in
-# Quicksettings too.
-MOVE_SLIDERS = """
-(payload) => {
-    const setter = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value").set;
-    const root = typeof gradioApp === "function" ? gradioApp() : document;
-    for (const [key, value] of Object.entries(JSON.parse(payload || "{}"))) {
-        // not the range: it would round the value to its step
-        for (const input of root.querySelectorAll(`[id="setting_${key}"] input:not([type=range])`)) {
-            if (input.type === "radio") {
-                if (input.value === String(value) && !input.checked) input.click();
-                continue;
-            }
-            setter.call(input, value);
-            input.dispatchEvent(new Event("input", {bubbles: true}));
-        }
-    }
-    return payload;
-}
-"""
-
 
 class Tab(gr.Blocks):
-    """Blocks that are told when the host shows them: at each time, `on_show` runs.
+    """Blocks that are told when the host shows them: at each time, `on_show` is done.
 
     The host draws us inside a tab of its own, and only that one knows when it is opened.
     """
@@ -68,78 +36,107 @@ class Tab(gr.Blocks):
     def render(self):
         super().render()
         if isinstance(Context.block, gr.TabItem) and self.on_show:
-            act, outputs = self.on_show
-            Context.block.select(act, None, outputs, queue=False, show_progress="hidden", api_name=False)
+            act, inputs, outputs, how = self.on_show
+            Context.block.select(act, inputs, outputs, api_name=False, **how)
         return self
 
 
 def create() -> list[tuple[gr.Blocks, str, str]]:
     """The tab, as the web UI's on_ui_tabs takes it."""
-    state_now = _answering(_refresh, 2)
     with Tab(analytics_enabled=False) as tab:
-        with gr.Row(elem_id="subquad_status_row"):
-            status = gr.HTML(lambda: state_now()[0], elem_id="subquad_status")  # a function: asked anew by every page
-            refresh = gr.Button("Refresh", elem_id="subquad_refresh", scale=0, min_width=100)
-        gr.Markdown(INTRODUCTION.replace("\n", " "))  # gradio 3 would break lines there
-        with gr.Row():
-            checkpoint = gr.Dropdown(
-                models.titles(), value=models.LOADED, label="Checkpoint", elem_id="subquad_checkpoint", scale=2
+        gr.HTML(words.CSS, elem_id="subquad_style", elem_classes="subquad-hidden")
+        with gr.Column(elem_id="subquad_page"):
+            sentence = gr.HTML(elem_id="subquad_sentence")
+            status_line = gr.HTML(elem_id="subquad_status")
+            with gr.Row():
+                checkpoint = gr.Dropdown(
+                    models.titles(),
+                    value=models.LOADED,
+                    label=LABELS["checkpoint"],
+                    elem_id="subquad_checkpoint",
+                    scale=2,
+                    min_width=320,
+                )
+                width, height, batch = (
+                    _number(LABELS[name], value, f"subquad_{name}")
+                    for name, value in zip(("width", "height", "batch"), USUAL)
+                )
+            with gr.Row():
+                measure = _button("measure")
+                cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
+            message = gr.HTML(elem_id="subquad_message")
+            plot = gr.Image(
+                label=LABELS["plot"],
+                show_label=False,  # it would lie over the legend
+                elem_id="subquad_plot",
+                visible=False,
+                type="pil",
+                interactive=False,
             )
-            width, height = _number("Width", 512, "subquad_width"), _number("Height", 512, "subquad_height")
-            batch = _number("Batch size", 1, "subquad_batch")
-        with gr.Row():
-            explain = gr.Button("Explain", elem_id="subquad_explain", min_width=80)
-            measure = gr.Button("Measure", variant="primary", elem_id="subquad_measure", min_width=80)
-            cancel = gr.Button("Cancel", elem_id="subquad_cancel", min_width=80)
-            apply = gr.Button("Apply", elem_id="subquad_apply", min_width=80)
-            undo = gr.Button("Undo", elem_id="subquad_undo", min_width=80)
-        message = gr.HTML(elem_id="subquad_message")
-        plot = gr.Image(
-            label="Time against memory",
-            show_label=False,  # it would lie over the legend
-            elem_id="subquad_plot",
-            visible=False,
-            type="pil",
-            interactive=False,
-        )
-        answer = gr.HTML(elem_id="subquad_answer")
-        with gr.Accordion("What was measured", open=False, elem_id="subquad_measured_details"):
-            gr.Markdown(FORGETTING.replace("\n", " "))
-            forget = gr.Button("Forget what was measured", elem_id="subquad_forget")
+            result = gr.HTML(elem_id="subquad_answer")
+            with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
+                details = gr.HTML(elem_id="subquad_details")
+            with gr.Accordion(LABELS["about"], open=False, elem_id="subquad_about"):
+                gr.HTML(words.line(words.INTRODUCTION) + words.glossary() + words.line(words.FORGETTING))
+                forget = _button("forget")
+            ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
         run = gr.State(None)  # this page's own
+        shown = gr.State(None)  # what it was told last
+        adopted = gr.State(None)  # the generation whose size it has
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
 
-    def on(event, act, inputs, outputs, **how):
+    question = [checkpoint, width, height, batch]
+    buttons = [measure, cancel, apply, undo]
+    looked = [sentence, status_line, details, *buttons, shown]
+    quietly = {"queue": False, "show_progress": "hidden"}
+    with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
+
+    def on(event, act, inputs, outputs, how=quietly):
         return event(_answering(act, len(outputs)), inputs, outputs, api_name=False, **how)
 
-    unqueued = {"queue": False}
-    with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
+    def then_look(event):
+        seen = on(event.then, _look, [*question, run], looked)
+        seen.then(None, None, None, **{SCRIPT: browser.KEEP_FOCUS})
+
     with tab:
-        question = [checkpoint, width, height, batch]
-        on(refresh.click, _refresh, None, [status, checkpoint], **unqueued)
-        on(explain.click, _explain, question, [answer, message, plot], **unqueued)
+        for widget in question:
+            on(widget.change, _look, [*question, run], looked)
+        on(ask.click, _look, [*question, run], looked)
+        on(look.click, _look_again, [*question, run, shown], looked)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
-        asked = on(measure.click, _request, run, [answer, plot, message, run], **unqueued)
-        measured, shown = [*question, run], [answer, plot, message]
+        asked = on(measure.click, _request, run, [result, plot, message, run, *buttons])
+        measured = [result, plot, message, *buttons]
         if with_queue:
-            measuring = on(asked.then, _measure, measured, shown)
+            measuring = on(asked.then, _measure, [*question, run], measured, {})
             gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
-            on(asked.then, _measure_at_once, measured, shown, **unqueued)
-        on(cancel.click, _cancel, run, [message, answer, gone], **unqueued)
+            measuring = on(asked.then, _measure_at_once, [*question, run], measured, {"queue": False})
+        then_look(measuring)
+        then_look(on(cancel.click, _cancel, run, [message, result, gone]))
         for button, action, given in (
             (apply, LABORATORY.apply, run),
             (undo, LABORATORY.undo, None),
             (forget, LABORATORY.forget, None),
         ):
-            done = on(button.click, _and_tell(action), given, [message, payload, status], **unqueued)
-            done.then(None, payload, payload, **{SCRIPT: MOVE_SLIDERS})
-        tab.on_show = (state_now, [status, checkpoint])
+            done = on(button.click, _and_tell(action), given, [message, payload])
+            done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
+            then_look(done)
+        opened = [*question, run, adopted, payload]
+        script = {SCRIPT: browser.with_page_size(len(opened))}
+        show = _answering(_open, len(looked) + 5)
+        tab.on_show = (show, opened, [*looked, checkpoint, width, height, batch, adopted], {**quietly, **script})
+        tab.load(None, None, None, **{SCRIPT: browser.WATCH})
+        tab.load(show, opened, tab.on_show[2], api_name=False, **quietly, **script)
 
-    for widget in (checkpoint, width, height, batch, payload, gone):
+    for widget in (*question, payload, gone):
         widget.do_not_save_to_config = True  # ui-config.json would freeze them
-    return [(tab, TITLE, ELEMENT)]
+    return [(tab, words.TITLE, ELEMENT)]
+
+
+def _button(name: str, **how) -> gr.Button:
+    how = {"min_width": 80, **how}
+    return gr.Button(LABELS.get(name, name), elem_id=f"subquad_{name}", **how)
 
 
 def _number(label: str, value: int, element: str) -> gr.Number:
@@ -150,31 +147,98 @@ def _number(label: str, value: int, element: str) -> gr.Number:
     return number
 
 
-def _refresh():
-    return LABORATORY.status(), gr.update(choices=models.titles())
+def _look(*given):
+    """All that follows from the question, the settings and what was measured."""
+    *question, run = given
+    told, details = LABORATORY.look(*question)
+    shown = (words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.status(), details)
+    states = _buttons(run, told)
+    return [*shown, *map(_update, states), (*shown, *states)]
 
 
-def _explain(*question):
-    return LABORATORY.explain(*question), "", gr.update(visible=False)  # the plot is of another answer
+def _asked(_title, *numbers) -> str:
+    """As the page's script writes the numbers in its fields."""
+    known = all(it is None or isinstance(it, (int, float)) for it in numbers)
+    return json.dumps(numbers, separators=(",", ":")) if known else ""
+
+
+def _look_again(*given):
+    """The same, where anything has changed. Not while something is measured, which it would disturb."""
+    *question, run, before = given
+    if LABORATORY.measuring:
+        return [gr.update()] * 8
+    found = _look(*question, run)
+    return [gr.update()] * 8 if found[-1] == before else found
+
+
+def _open(*given):
+    """The same when the tab comes to the front, for the size that was used last: of the last generation, or else what
+    the sliders of the web UI's page stand at."""
+    *question, run, adopted, sliders = given
+    title, *typed = question
+    generation, used = status.generation(), None
+    if generation.images is not None and generation.number != adopted:
+        used, adopted = generation.images, generation.number
+    elif adopted is None:
+        used, adopted = _as_sliders(sliders), 0
+    found = _look(title, *(used or typed), run)
+    # What was typed while this was on its way stays.
+    return [*found, gr.update(choices=models.titles()), *(used or [gr.update()] * len(typed)), adopted]
+
+
+def _as_sliders(sent: object) -> status.Images | None:
+    try:
+        return status.Images(*map(int, json.loads(sent)))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return None
+
+
+def _buttons(run, told: Answer) -> list[dict[str, object]]:
+    """What each button looks like now, in the order of the page."""
+    busy = run is not None and run.busy
+    anyway = LABORATORY.is_to_be_confirmed(run)
+    offer, undoable = LABORATORY.offer(run), LABORATORY.undoable()
+    return [
+        {
+            "value": LABELS["anyway" if anyway else "measure"],
+            "interactive": told.can_measure and not busy,
+            "variant": "primary" if told.may_gain and not offer else "secondary",
+        },
+        {"visible": busy},
+        {"visible": bool(offer), "value": LABELS["apply"].format(changes=offer), "variant": "primary"},
+        {"visible": bool(undoable), "value": LABELS["undo"].format(changes=undoable)},
+    ]
+
+
+BUSY = [{"interactive": False}, {"visible": True}, {"visible": False}, {}]  # of the same
+
+
+def _update(state: dict[str, object]):
+    return gr.update(**state)
 
 
 def _request(before):
     run, message = LABORATORY.request(before)
     if run is before:
-        return gr.update(), gr.update(), words.line(message), run
-    waiting = words.CSS + words.line("Measuring begins as soon as it is its turn.")
-    return waiting, gr.update(visible=False), "", run
+        return [gr.update(), gr.update(), words.line(message), run, *[gr.update()] * 4]
+    if run.unconfirmed:
+        return [
+            gr.update(), gr.update(), words.line(message), run, gr.update(value=LABELS["anyway"]), *[gr.update()] * 3
+        ]  # fmt: skip
+    waiting = words.line(words.WAITS_FOR_ITS_TURN)
+    return [waiting, gr.update(visible=False), "", run, *map(_update, BUSY)]
 
 
 def _measure(*question):
-    """The generator behind Measure: the answer, the plot, and no message, again and again."""
-    yield gr.update(), gr.update(), gr.update()  # of a step that gives nothing gradio would make empty answers
+    """The generator behind Measure: the answer, the plot, no message and the buttons, again and again."""
+    # Of a step that gives nothing gradio would make empty answers.
+    yield [gr.update()] * 7
     for answer, run in LABORATORY.measure(*question):
         found = run.exploration
         plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
         # What Cancel said is over with the answer that comes next.
         message = "" if found or run.cancelled else gr.update()
-        yield answer, plot, message
+        yield [answer, plot, message, *map(_update, BUSY)]
 
 
 def _measure_at_once(*question):
@@ -183,10 +247,10 @@ def _measure_at_once(*question):
 
 
 def _cancel(run):
-    waited = run is not None and run.waiting
+    in_queue = run is not None and run.waiting and not run.taken_up
     message = words.line(LABORATORY.cancel(run))
-    if waited and run.withdrawn:
-        return message, "", str(time.monotonic_ns())
+    if run is not None and run.withdrawn:
+        return message, "", str(time.monotonic_ns()) if in_queue else gr.update()
     return message, gr.update(), gr.update()
 
 
@@ -203,7 +267,7 @@ def _picture(exploration):
 def _and_tell(action):
     def act(*given):
         message, settings = action(*given)
-        return words.line(escape(message)), json.dumps(settings), LABORATORY.status()
+        return words.line(escape(message)), json.dumps(settings)
 
     return act
 
@@ -217,7 +281,8 @@ def _answering(act, outputs: int):
 
     def failed(error: Exception) -> list:
         say(traceback.format_exc())
-        return [words.CSS + words.warning(f"That did not work: {type(error).__name__}: {error}"), *untouched]
+        told = Said(words.FAILED, error=f"{type(error).__name__}: {error}")
+        return [words.warning(str(told)), *untouched]
 
     def sent(answers) -> list:
         """As JSON can carry it."""

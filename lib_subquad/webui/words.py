@@ -1,13 +1,20 @@
-"""The words and tables of the tab, as HTML. Every technical term carries a tooltip."""
+"""The words of the tab, and what makes HTML of them. What Measure found has its own in `results`.
+
+A value stands in a sentence as an element of its own: the words around it are the same whatever it is, so that the web
+UI's localization, which goes by the text of elements, finds them; a page that is written from right to left leaves it
+as it is; and markup in it stays text.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
 from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
+from ..lab.explain.rows import grouped
 from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.survey import doctor
 from ..plan import goes_by_measurements
@@ -16,6 +23,95 @@ from .status import Generation, again, missed, nothing
 
 FEW_COLUMNS = 5
 
+TITLE = "Attention"
+LABELS = {
+    "checkpoint": "Checkpoint",
+    "width": "Width",
+    "height": "Height",
+    "batch": "Batch size",
+    "measure": "Measure",
+    "anyway": "Measure all the same",
+    "cancel": "Cancel",
+    "apply": "Apply: {changes}",
+    "undo": "Undo: {changes}",
+    "details": "Details: how each layer is computed, and why",
+    "about": "About: what these words mean, and what was measured before",
+    "forget": "Forget what was measured",
+    "plot": "Time against memory",
+}
+# As short as a button wants them.
+SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
+AUTOMATIC = "automatic"
+
+INTRODUCTION = (
+    "Attention is the part of the model in which every piece of the image looks at every other one; it is what takes "
+    "the most memory in large images. The sentence above tells how it is computed for your model and size, and changes "
+    "with them. Measure tries engines and chunk sizes on this device, which takes a minute or so, longer for large "
+    "images. Apply then sets the best one, if it is another than yours."
+)
+FORGETTING = (
+    "Before the first image of a new size the exact engines are timed on this device for a few seconds, and automatic "
+    "takes the fastest from then on. They are timed again when the device, its driver or torch changes. If other "
+    "programs were busy meanwhile, forget what was measured: it is measured anew before the next image."
+)
+
+# ------------------------------------------------------------------------------------------------- the first sentence
+
+SUBJECT = "{model} at {size} on {device}:"
+SIZES = "{count} images of {size}"
+LIKE = "A model {family}"
+KERNELS = {
+    "fused": "PyTorch's fused kernel",
+    "padded": "PyTorch's fused kernel, with padded heads,",
+    "cudnn": "cuDNN's kernel",
+    "xformers": "xformers' kernel",
+    "flash-attn": "flash-attn's kernel",
+    "sage": "SageAttention, which is not exact,",
+}
+IN_ALL = "{kernel} in all {layers} layers, at most {memory} at a time."
+IN_ONE = "{kernel} in its one layer, at most {memory} at a time."
+IN_SOME = "{kernels}, at most {memory} at a time."
+IN = "{kernel} in {layers} layers"
+NOTHING_TO_GAIN = "Nothing to gain."
+NO_KERNEL = "no layer has a fused kernel, because {why}."
+FEW_KERNELS = "{count} of {shapes} shapes run without a fused kernel, because {why}."
+TOO_LARGE = "this does not fit. A call of attention takes {needed}, and the memory limit leaves {limit}."
+NOT_SERVED = "{model}: no attention layer that subquad serves."
+NOT_ACTIVE = "{is_so}: {why}"
+AS_TOLD = "{sentence}"
+
+MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Measure tells which is faster."
+MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
+SMALLER = "Make images of {size} at most."
+RAISE_LIMIT = "Set the memory limit to {percent} %, or make images of {size} at most."
+FREE_MEMORY = "Close other programs that use this device's memory."
+ADVICE = "{advice}."
+
+# ------------------------------------------------------------------------------------------------- what buttons answer
+
+WAITS_FOR_ITS_TURN = "Measuring begins as soon as it is its turn."
+WAITS_FOR_MEASURING = "Another page is measuring: this one begins when that is done."
+WAITS_FOR_IMAGE = "An image is being made: measuring begins when it is done."
+MEASURING_ALREADY = "This page is measuring already."
+OTHERS_WAIT = (
+    "Others use this web UI now: {who}. Measuring takes a minute or so, begins when they are done, and images wait "
+    "meanwhile. Press Measure all the same if you want that."
+)
+IMAGES_WAIT = {1: "an image is being made", 2: "{count} images are being made or wait"}
+PAGES_MEASURE = {1: "another page measures or is about to", 2: "{count} other pages measure or are about to"}
+NOT_MEASURING = "Nothing is being measured on this page."
+WITHDRAWN = "Cancelled before its turn came: nothing was measured."
+STOPPING = "Measuring stops when the call under way has ended."
+CANCELLED = "Cancelled: this is what had been measured."
+CANCELLED_EARLY = "Cancelled before a first setting was measured."
+NOTHING_FITS = "Nothing fits here."
+STOPPED = "Measuring stopped: {error}"
+NOTHING_TO_APPLY = "There is nothing to apply: it ended before settings were compared."
+MEASURE_FIRST = "Measure first: there is nothing to apply yet."
+NOTHING_TO_UNDO = "There is nothing to undo."
+IN_FORCE = "Nothing to change: these settings are in force already."
+FAILED = "That did not work: {error}"
+
 TERMS = {
     "Where": "The part of the model that has these layers, and what they look at. The U-Net or transformer makes the "
     "image; the VAE turns it into pixels. self: the image at itself; cross: the image at the prompt; together: image "
@@ -23,22 +119,25 @@ TERMS = {
     "Layers": "How many layers of the model work on this shape, each once in every sampling step, or, in the VAE, once "
     "for an image.",
     "Tokens": "The pieces that attention compares: small patches of the image, or pieces of the prompt's words.",
-    "Heads": "Attention looks at the image in several independent ways at once, at all images of a batch, and, if "
-    "there is a negative prompt, with either prompt. Number of all these heads x width of each.",
+    "Heads": "Attention looks at the image in several independent ways at once. Number of these heads × width of each; "
+    "those of all images of a batch are computed together, and, if there is a negative prompt, with either prompt.",
     "Engine": "What computes attention: fused is PyTorch's built-in fast kernel, portable runs on every device.",
     "Query chunk": "How many tokens ask at a time. Smaller needs less memory and takes longer.",
     "KV chunk": "How many tokens are looked at in one go, as keys and values. Smaller needs less memory.",
+    "At a time": "How many tokens ask at a time × how many they look at in one go. Fewer need less memory and take "
+    "longer.",
+    "Memory": "What one call needs beside its input and its result.",
     "Workspace": "Memory that one call needs beside its input and its result.",
     "Memory limit": "The share of the device's free memory that the settings allow for one call's workspace; here the "
     "call's queries, keys, values and result count as well.",
     "Why": "Why this engine, and which of your settings had to give way.",
-    "Setting": "Engine, query chunk x KV chunk. auto: the fastest size that fits the memory limit.",
+    "Setting": "Engine, query chunk × KV chunk. auto: the fastest size that fits the memory limit.",
     "Measured on this device": "Before the first image of a new size the exact engines are timed for a few seconds, "
     "and the fastest is taken from then on.",
     "Time": "Attention alone, in one sampling step, on this device.",
     "Measured": "How often. Times of settings that were measured equally often, in turn, can be compared; a single run "
     "tells little while other programs run.",
-    "Chunks": "How many tokens ask at a time x how many they look at in one go.",
+    "Chunks": "How many tokens ask at a time × how many they look at in one go.",
     "Calls": "How often attention was computed for that image: once for every layer in every step.",
     "Retries": "How often memory ran out and attention went on in smaller chunks instead of failing.",
     "Reruns": "How often the inexact engine that is set gave NaN or infinity, so that an exact one computed the call.",
@@ -47,35 +146,82 @@ TERMS = {
 
 # Where a page is too narrow for a table, each of its rows becomes a card: what it is about, then label above value.
 CARDS = """ {
-.subquad-table thead {display: none}
+.subquad-table thead {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)}
 .subquad-table table, .subquad-table tbody, .subquad-table td {display: block}
-.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(6em, 1fr)); gap: .5em .8em;
-                   padding: .7em 0; white-space: normal}
+.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); gap: .5em .8em;
+                   padding: .7em 0}
 .subquad-table td {padding: 0 !important}
 .subquad-table td:first-child, .subquad-table td:last-child {grid-column: 1 / -1}
 .subquad-table td:first-child {font-weight: 600}
-.subquad-table .subquad-label {display: block; font-size: .8em; font-weight: 400; opacity: .75}
+.subquad-table .subquad-label {display: block; font-size: .85em; font-weight: 400}
 }
 """
 
 CSS = f"""
 <style>
-.subquad-table {{overflow-x: auto; container: subquad-few / inline-size}}
+.subquad-hidden {{display: none !important}}
+.subquad-sentence {{font-size: 1.35em; line-height: 1.4; margin: .3em 0}}
+.subquad-sentence em {{font-style: italic}}
+.subquad-line {{margin: .3em 0}}
+.subquad-line, .subquad-sentence, .subquad-table td, .subquad-words {{overflow-wrap: anywhere}}
+.subquad-warning {{border-inline-start: 3px solid #d97706; padding-inline-start: .6em}}
+.subquad-table {{container: subquad-few / inline-size; max-width: 100%}}
 .subquad-table.subquad-many {{container-name: subquad-many}}
-.subquad-table table {{width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap}}
+.subquad-table table {{width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums}}
 .subquad-table :is(table, tr, th, td) {{border: none !important}}  /* gradio draws its own */
 .subquad-table tr {{border-bottom: 1px solid var(--border-color-primary, #8884) !important}}
-.subquad-table th, .subquad-table td {{text-align: left; padding: .35em .6em .35em 0; vertical-align: top}}
-.subquad-table td:last-child {{white-space: normal; min-width: 8em}}
+.subquad-table th, .subquad-table td {{text-align: start; padding: .35em 0; padding-inline-end: .8em;
+                                      vertical-align: top}}
+.subquad-table th {{white-space: nowrap}}
 .subquad-label {{display: none}}
 @container subquad-few (max-width: 480px) {CARDS}
-@container subquad-many (max-width: 1000px) {CARDS}
+@container subquad-many (max-width: 860px) {CARDS}
 .subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
-#subquad_status_row {{align-items: flex-start}}
-.subquad-line {{margin: .3em 0}}
-.subquad-warning {{border-left: 3px solid #d97706; padding-left: .6em}}
+.subquad-words dt {{font-weight: 600; margin-top: .4em}}
+.subquad-words dd {{margin-inline-start: 1em}}
+#subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb; outline-offset: 2px}}
+.dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd}}
+#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
+#subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """
+
+
+class Said:
+    """A sentence and the values in it. As text with `str`, as HTML with `html`."""
+
+    def __init__(self, sentence: str, /, **values: object) -> None:
+        self._sentence, self._values = sentence, values
+
+    def __str__(self) -> str:
+        return self._sentence.format(**{name: _text(value) for name, value in self._values.items()})
+
+    def __repr__(self) -> str:
+        return f"Said({str(self)!r})"
+
+    def html(self) -> str:
+        parts = re.split(r"\{(\w+)\}", self._sentence)  # words, a value's name, words, and so on
+        told = (
+            _html(self._values[part]) if number % 2 else escape(part, quote=False) for number, part in enumerate(parts)
+        )
+        return "".join(told)
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _html(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_html, value))
+    return value.html() if isinstance(value, Said) else f"<bdi>{escape(str(value))}</bdi>"
+
+
+def answer(sentences: Iterable[Said], step: Said | None, asked: str = "") -> str:
+    """The first thing on the tab: how it stands, and what to press. `asked`: the question that it answers."""
+    told = " ".join(sentence.html() for sentence in sentences)
+    told += f" <em>{step.html()}</em>" if step else ""
+    return f'<p class="subquad-sentence" dir="auto" data-asked="{escape(asked)}">{told}</p>'
 
 
 def term(word: str, name: str | None = None) -> str:
@@ -83,12 +229,18 @@ def term(word: str, name: str | None = None) -> str:
     return f'<abbr title="{escape(TERMS[name or word], quote=True)}">{escape(word)}</abbr>'
 
 
+def glossary() -> str:
+    """What the tooltips say, for everybody who cannot point at a word."""
+    told = "".join(f'<dt>{escape(word)}</dt><dd dir="auto">{escape(meaning)}</dd>' for word, meaning in TERMS.items())
+    return f'<dl class="subquad-words">{told}</dl>'
+
+
 def line(text: str) -> str:
-    return f'<p class="subquad-line">{text}</p>'
+    return f'<p class="subquad-line" dir="auto">{text}</p>'
 
 
 def warning(text: str) -> str:
-    return f'<p class="subquad-line subquad-warning">{escape(text)}</p>'
+    return f'<p class="subquad-line subquad-warning" role="alert" dir="auto">{escape(text)}</p>'
 
 
 def sendable(text: str) -> str:
@@ -96,32 +248,33 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def plan_table(question: Question) -> str:
-    """The answer to Explain."""
+def details(question: Question) -> str:
+    """How each layer is computed, and why; the largest image; what would help; what there is to know of the file."""
     rows, family = question.rows(), question.checkpoint.family
     notes = "".join(line(escape(note)) for note in question.notes)
     if not rows:
-        return CSS + warning(f"{family}: no attention layer that subquad serves.") + notes
+        return warning(str(Said(NOT_SERVED, model=family))) + notes
     summary = f"<b>{escape(family)}</b>: {layers_in_words(rows, kinds=True)}."
-    table = _table(list(rows[0].cells()), ([escape(cell) for cell in row.cells().values()] for row in rows))
-    size = size_in_words(question, term("memory limit", "Memory limit"), "<b>{}</b>".format)
+    groups = [group.cells() for group in grouped(rows)]
+    table = _table(list(groups[0]), ([f"<bdi>{escape(cell)}</bdi>" for cell in cells.values()] for cells in groups))
+    size = size_in_words(question, term("memory limit", "Memory limit"), "<b><bdi>{}</bdi></b>".format)
     found = doctor.diagnosis([row.problem for row in rows], question.settings, question.free_bytes)
     advice = "".join(line(escape(sentence)) for sentence in found.sentences)
-    return CSS + line(summary) + table + line(size) + advice + notes
+    return line(summary) + table + line(size) + advice + notes
 
 
 def last_generation(seen: Generation) -> str:
     """What attention took in the last image."""
     out_of_reach = "".join(f" <b>{escape(sentence)}</b>" for sentence in missed(seen))
     if seen.largest is None:
-        return f"{nothing(seen)}{out_of_reach}"
+        return f"{escape(nothing(seen))}{out_of_reach}"
     made = seen.largest
     reruns = "".join(f", {term(words, 'Reruns')}" for words in again(seen))
     return (
         f"Last generation: {seen.calls} {term(_plural('call', seen.calls), 'Calls')}, "
         f"{seen.retries or 'no'} {term('retry' if seen.retries == 1 else 'retries', 'Retries')}{reruns}. "
         f"The largest: {term(made.engine, 'Engine')}, "
-        f"{made.query_chunk} x {made.kv_chunk} {term('tokens at a time', 'Chunks')}, "
+        f"<bdi>{made.query_chunk} × {made.kv_chunk}</bdi> {term('tokens at a time', 'Chunks')}, "
         f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
         f"{out_of_reach} {escape(seen.measuring)}".rstrip()
     )

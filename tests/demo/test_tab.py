@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, hidden_columns, set_number, wait_for
+from tests.attention_tab import (
+    ANSWER,
+    DETAILS,
+    SENTENCE,
+    AttentionTab,
+    cut_off,
+    from_answer_to_undo,
+    set_number,
+    wait_for,
+)
 
 SLOW = 120_000  # milliseconds; a test machine may be busy
 
 
-def test_from_explain_to_undo(page):
+def test_from_answer_to_undo(page):
     def set_query_chunk(value):
         open_generate(page)
         set_number(page, "setting_subquad_query_chunk", value)
@@ -21,7 +30,7 @@ def test_from_explain_to_undo(page):
         page.wait_for_function("() => document.querySelector('#demo_infotext textarea').value.includes('Steps: 2')")
         return 64  # the demo was started with images of 64 x 64 pixels, of which a token has 8 x 8
 
-    from_explain_to_undo(page, set_query_chunk, generate)
+    from_answer_to_undo(page, set_query_chunk, generate)
 
 
 def open_generate(page) -> None:
@@ -29,60 +38,112 @@ def open_generate(page) -> None:
     page.wait_for_selector("#demo_generate")
 
 
-def test_undo_and_apply_with_nothing_to_do_say_so(page):
-    tab = AttentionTab(page).open()
-    tab.click("undo")
-    tab.wait_for("#subquad_message", "nothing to undo")
-
-
-@pytest.mark.parametrize("width", [390, 820])
-def test_it_reads_on_a_phone(browser, address, width):
-    page = browser.new_page(viewport={"width": width, "height": 800})
+def opened(browser, address, **how):
+    page = browser.new_page(**how)
     page.set_default_timeout(SLOW)
     page.goto(address, wait_until="domcontentloaded")
-    tab = AttentionTab(page).open()
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert hidden_columns(page) == []
-    assert page.locator(f"{ANSWER} td").first.inner_text().splitlines() == ["Where", "U-Net, self"]
-    assert page.locator(f"{ANSWER} td abbr[title]").first.is_visible()
-    tab.open(side=64)
-    tab.click("measure")
-    tab.wait_for(f"{ANSWER} table", "recommended")
-    assert hidden_columns(page) == []
-    overflow = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
-    assert overflow <= 0
-    page.close()
+    return page
 
 
-def test_on_a_wide_page_a_table_is_a_table(page):
-    tab = AttentionTab(page).open()
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert page.locator(f"{ANSWER} td").first.inner_text() == "U-Net, self"
-    assert hidden_columns(page) == []
+def test_the_answer_is_there_and_follows_the_question(page):
+    tab = AttentionTab(page)
+    tab.open()
+    page.wait_for_timeout(1000)  # at most: nobody presses anything
+    assert " layers, at most " in tab.sentence and tab.sentence.startswith("A model like Stable Diffusion 1.x at")
+    for side in (64, 192):
+        set_number(page, "subquad_height", side)
+        tab.wait_for(SENTENCE, f" × {side} on ")
+    set_number(page, "subquad_batch", 3)
+    tab.wait_for(SENTENCE, "at 3 images of")
+
+
+def test_each_letter_of_a_number_is_answered_in_order(page):
+    tab = AttentionTab(page).open(side=512)
+    tab.wait_for(SENTENCE, "at 512 × 512 on")
+    field = page.locator("#subquad_width input").first
+    field.fill("")
+    tab.wait_for(SENTENCE, "Width is empty or no number; it must be a whole number from 64 to 16384.")
+    tab.wait_for_buttons()  # nothing can be pressed
+    field.press("1")
+    tab.wait_for(SENTENCE, "Width is 1; it must be")
+    field.press("2")
+    field.press("8")
+    tab.wait_for(SENTENCE, "at 128 × 512 on")
+    tab.wait_for_buttons("measure")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_nothing_is_cut_off_nor_scrolls_sideways(browser, address, width, theme):
+    page = opened(browser, f"{address}/?__theme={theme}", viewport={"width": width, "height": 800})
+    try:
+        tab = AttentionTab(page).open(side=64)
+        for fold in ("details_fold", "about"):
+            tab.unfold(fold)
+        tab.wait_for(DETAILS, "attention layers in the U-Net")
+        tab.click("measure")
+        tab.wait_for(f"{ANSWER} table", "recommended")
+        page.wait_for_selector("#subquad_plot img, #subquad_answer svg")
+        for zoom in (1, 2):  # as the browser does: half as many pixels, each twice as large
+            page.set_viewport_size({"width": width // zoom, "height": 800})
+            page.wait_for_timeout(300)
+            assert cut_off(page) == [], f"at {width} pixels, {zoom * 100} %"
+        page.set_viewport_size({"width": width, "height": 800})
+        first = page.locator(f"{DETAILS} td").first.inner_text().split("\n")
+        assert first == (["U-Net, self"] if width == 1280 else ["Where", "U-Net, self"])
+    finally:
+        page.close()
+
+
+def test_what_is_cut_off_is_found(page):
+    AttentionTab(page).open()
+    assert cut_off(page) == []
+    page.evaluate("document.querySelector('#subquad_sentence p').style.width = '3000px'")
+    assert any("the page scrolls sideways" in it for it in cut_off(page))
+
+
+def test_the_status_is_current_without_a_click(browser, address, page):
+    """An image that another page makes is told here, and so is one that was made while another page was looked at."""
+    tab = AttentionTab(page).open(side=64)
+    before = tab.status
+    other = opened(browser, address)
+    try:
+        other.wait_for_selector("#demo_generate")
+        set_number(other, "demo_width", 128)
+        other.click("#demo_generate")
+        page.wait_for_function(
+            "before => ![...document.querySelectorAll('#subquad_status')].some(it => it.innerText === before)",
+            arg=before,
+        )
+        tab.wait_for("#subquad_status", "Last generation")
+        assert tab.size == ("64", "64")  # what was typed stays while it is looked at
+    finally:
+        other.close()
 
 
 def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
     """While another visitor measures, who is not disturbed by it."""
-    pages = [browser.new_page() for _ in range(2)]
-    for page in pages:
-        page.set_default_timeout(SLOW)
-        page.goto(address, wait_until="domcontentloaded")
+    pages = [opened(browser, address) for _ in range(2)]
     one, other = (AttentionTab(page).open(side=1024) for page in pages)  # of which measuring takes long
     one.click("measure")
     one.wait_until_measuring()
     other.open(side=64)
     other.click("measure")
+    other.wait_for("#subquad_message", "Others use this web UI now: another page measures or is about to.")
+    other.wait_for("#subquad_measure", "Measure all the same")
+    other.wait_for_buttons("measure")
+    other.click("measure")
     other.wait_for(ANSWER, "as soon as it is its turn")
+    other.wait_for_buttons("cancel")
     other.click("cancel")
     other.wait_for("#subquad_message", "Cancelled before its turn came")
     other.page.wait_for_function(
         "answer => ![...document.querySelectorAll(answer)].some(e => e.innerText.includes('queue'))", arg=ANSWER
     )
-    other.click("cancel")
-    other.wait_for("#subquad_message", "Nothing is being measured on this page")
-    other.click("measure")  # it can be asked for again
+    other.wait_for_buttons("measure")
+    for _ in range(2):
+        other.click("measure")  # it can be asked for again
+        other.page.wait_for_timeout(500)
     other.wait_for(ANSWER, "as soon as it is its turn")
     assert one.page.locator(f"{ANSWER} progress").count() == 1
     one.click("cancel")
@@ -93,10 +154,10 @@ def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
 
 
 @pytest.mark.parametrize(
-    ("typed", "words"), [("100000", "Width is 100000"), ("512.5", "Width is 512.5"), ("", "Width is empty")]
+    ("typed", "words"),
+    [("100000", "Width is 100000"), ("512.5", "Width is 512.5"), ("", "Width is empty or no number")],
 )
 def test_a_size_that_cannot_be_is_said(page, typed, words):
     tab = AttentionTab(page).open(side=128)
     set_number(page, "subquad_width", typed)
-    tab.click("explain")
-    tab.wait_for(ANSWER, f"{words}; it must be a whole number from 64 to 16384.")
+    tab.wait_for(SENTENCE, f"{words}; it must be a whole number from 64 to 16384.")

@@ -22,6 +22,8 @@ class Page:
             number = event.get("id", position)
             [element, how] = _target(event, elements, after)
             after[number] = element
+            while (element, how) in self.events:  # what follows on what follows
+                how += " then"
             if event["backend_fn"] and str(element).removeprefix("tab_").startswith("subquad_"):
                 self.events[element, how] = (number, [elements[it] for it in event["inputs"]])
 

@@ -125,9 +125,13 @@ def page(loaded):
 @pytest.mark.parametrize(
     ("element", "how", "said"),
     [
-        ("subquad_refresh", "click", "subquad is not active here"),
         ("tab_subquad_tab", "select", "subquad is not active here"),
-        ("subquad_explain", "click", "does not show the loaded checkpoint"),
+        ("subquad_checkpoint", "change", "does not show the loaded checkpoint"),
+        ("subquad_width", "change", "does not show the loaded checkpoint"),
+        ("subquad_height", "change", "does not show the loaded checkpoint"),
+        ("subquad_batch", "change", "does not show the loaded checkpoint"),
+        ("subquad_ask", "click", "does not show the loaded checkpoint"),
+        ("subquad_look", "click", "does not show the loaded checkpoint"),
         ("subquad_measure", "click", "Measuring begins as soon as it is its turn."),
         ("subquad_measure", "then", "does not show the loaded checkpoint"),
         ("subquad_cancel", "click", "Nothing is being measured on this page."),
@@ -137,9 +141,8 @@ def page(loaded):
     ],
 )
 def test_every_button_answers_with_a_sentence(page, element, how, said):
-    question = (
-        ['"the loaded checkpoint"', "64", "64", "1"] if how == "then" or element == "subquad_explain" else ["null"]
-    )
+    asks = how in ("then", "change", "select") or element in ("subquad_ask", "subquad_look")
+    question = ['"the loaded checkpoint"', "64", "64", "1"] if asks else ["null"]
     answer = sentences(page.send(element, how, question, "somebody"))
     assert said in answer and "That did not work" not in answer
 
@@ -176,4 +179,4 @@ def test_a_list_of_checkpoints_is_all_that_explain_needs(loaded, monkeypatch, tm
     monkeypatch.setitem(sys.modules, "modules.sd_models", models)
     from lib_subquad.webui.laboratory import LABORATORY
 
-    assert "attention layers in the U-Net" in text(LABORATORY.explain("tiny", 64, 64, 1))
+    assert "attention layers in the U-Net" in text(LABORATORY.look("tiny", 64, 64, 1)[1])

@@ -1038,7 +1038,7 @@ def test_explain_tells_of_the_loaded_model_what_the_switch_makes_ours(forge, tin
     sd_models.model_data.sd_model = engine_of(tiny)
     forge.opts.set(USE, use)
     assert explained(forge) == parts
-    answer = words_of(forge.laboratory.explain(None, 64, 64, 1))
+    answer = words_of(forge.laboratory.look(None, 64, 64, 1)[1])
     assert ("attention layers in the U-Net" in answer) == ("unet" in parts)
     assert "in the VAE" in answer or parts == {"unet"}
 
@@ -1076,7 +1076,7 @@ def test_before_the_first_image_without_a_checkpoint_to_read(forge, tmp_path, mo
         found = {"one": SimpleNamespace(filename=str(files[listed]))} if listed in files else {}
         sd_models.checkpoints_list = sd_models.checkpoint_aliases = found
         forge.opts.data["sd_model_checkpoint"] = "one"
-    answer = words_of(forge.laboratory.explain(None, 64, 64, 1))
+    answer = words_of(forge.laboratory.look(None, 64, 64, 1)[1])
     assert answer == "No checkpoint is loaded yet. Choose one from the list, or make an image first."
 
 
@@ -1094,7 +1094,7 @@ def test_before_the_first_image_the_chosen_checkpoint_answers(forge, tiny, tmp_p
     assert explained(forge) == explained(forge, title="tiny.safetensors [1234]") == {"unet", "vae_decoder"}
     found = forge.models.question(None, 64, 64, 1)
     assert "It is not loaded yet: the web UI loads it for the next image." in found.notes
-    assert "It is not loaded yet" in forge.laboratory.explain(None, 64, 64, 1)
+    assert "It is not loaded yet" in forge.laboratory.look(None, 64, 64, 1)[1]
     sd_models.model_data.sd_model = engine_of(tiny, str(file))
     found = forge.models.question(None, 64, 64, 1)
     assert not any("not loaded" in note for note in found.notes)

@@ -92,10 +92,59 @@ def test_what_measure_found_is_kept(laboratory, loaded, monkeypatch):
     assert kept == [(order.machine(torch.device("cpu")), {"calls of some class": "the engine that was found"})]
 
 
-def test_it_refuses_while_an_image_is_made(laboratory, lock):
+def test_it_waits_while_an_image_is_made(laboratory, lock):
+    """And can be cancelled meanwhile."""
     with lock:
-        answer, measurement = finished(laboratory.measure(*QUESTION))
-    assert "An image is being made" in answer and measurement.exploration is None
+        steps = laboratory.measure(*QUESTION)
+        answer, measurement = next(steps)
+        assert answer == next(steps)[0] and "An image is being made: measuring begins when it is done." in answer
+        assert measurement.waiting and not laboratory.measuring
+    assert "recommended" in finished(steps)[0] and not measurement.busy
+    with lock:
+        steps = laboratory.measure(*QUESTION)
+        _, measurement = next(steps)
+        assert laboratory.cancel(measurement) == "Cancelled before its turn came: nothing was measured."
+        assert list(steps) == []
+    assert measurement.exploration is None
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+def test_who_makes_others_wait_is_asked_twice(laboratory, lock):
+    with lock:
+        asked, message = laboratory.request(None)
+        assert "an image is being made" in message and "Press Measure all the same" in message
+        assert not asked.busy and laboratory.is_to_be_confirmed(asked)
+        assert list(laboratory.measure(*QUESTION, asked)) == []
+        confirmed, message = laboratory.request(asked)
+        assert confirmed.waiting and message == ""
+        _, message = laboratory.request(None)  # somebody else
+        assert "an image is being made" in message and "another page measures or is about to" in message
+    assert laboratory.is_to_be_confirmed(asked)  # the other page still waits
+    laboratory.cancel(confirmed)
+    assert not laboratory.is_to_be_confirmed(asked)
+    assert laboratory.request(None)[1] == ""
+
+
+def test_others_are_counted(laboratory, monkeypatch):
+    from lib_subquad.webui.hosts import host
+
+    one, _ = laboratory.request(None)
+    other, _ = laboratory.request(laboratory.request(None)[0])
+    assert one.waiting and other.waiting
+    monkeypatch.setattr(type(host()), "waiting", lambda host: 3)
+    _, message = laboratory.request(None)
+    assert "<bdi>3</bdi> images are being made or wait" in message
+    assert "<bdi>2</bdi> other pages measure or are about to" in message
+
+
+def test_a_page_that_was_closed_is_waited_for_no_more(laboratory, monkeypatch):
+    from lib_subquad.webui import laboratory as module
+
+    closed, _ = laboratory.request(None)
+    assert "another page measures" in laboratory.request(None)[1]
+    monkeypatch.setattr(module, "FORGOTTEN_SECONDS", -1)
+    assert laboratory.request(None)[1] == "" and closed.waiting
 
 
 @pytest.mark.parametrize("ending", ["cancel", "the page is closed", "an error"])
@@ -121,12 +170,13 @@ def test_the_queue_is_free_again_whatever_ends_it(laboratory, lock, ending, monk
     [
         (("/etc/passwd", 64, 64, 1), "There is no checkpoint"),
         ((LOADED, 10**9, 64, 1), "Width is 1000000000"),
-        ((LOADED, 64, None, 1), "Height is empty"),
-        ((LOADED, 64, 64, float("nan")), "Batch is nan"),
+        ((LOADED, 64, None, 1), "Height is empty or no number"),
+        ((LOADED, 64, 64, float("nan")), "Batch size is nan"),
     ],
 )
 def test_a_question_that_cannot_be_answered(laboratory, lock, question, words):
-    assert words in laboratory.explain(*question)
+    told, details = laboratory.look(*question)
+    assert words in str(told) and words in details and not told.can_measure
     assert words in finished(laboratory.measure(*question))[0]
     assert lock.acquire(blocking=False)
     lock.release()
@@ -179,10 +229,10 @@ def test_a_page_measures_one_thing_at_a_time(laboratory):
 def test_it_says_who_is_busy(laboratory, lock):
     steps = laboratory.measure(*QUESTION)
     next(steps)
-    assert "Another page is measuring: measure when it is done." in finished(laboratory.measure(*QUESTION))[0]
+    waiting = laboratory.measure(*QUESTION)
+    assert "Another page is measuring: this one begins when that is done." in next(waiting)[0]
     steps.close()
-    with lock:
-        assert "An image is being made: measure when it is done." in finished(laboratory.measure(*QUESTION))[0]
+    assert "recommended" in finished(waiting)[0]
 
 
 def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
@@ -202,15 +252,19 @@ def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
 
 def test_apply_and_undo(laboratory, loaded):
     loaded.opts.set("subquad_query_chunk", 1)
+    assert laboratory.offer(None) == laboratory.undoable() == ""
     _, measurement = finished(laboratory.measure(*QUESTION))
     recommended = measurement.exploration.recommended().settings
+    assert f"query chunk {recommended.query_chunk or 'automatic'}" in laboratory.offer(measurement)
     message, moved = laboratory.apply(measurement)
     assert recommended.query_chunk != 1 and moved["subquad_query_chunk"] == recommended.query_chunk
     assert f"1 → {recommended.query_chunk}" in message
     assert loaded.opts.subquad_query_chunk == recommended.query_chunk
     assert laboratory.apply(measurement)[1] == {}  # in force already
+    assert laboratory.offer(measurement) == "" and "query chunk 1" in laboratory.undoable()
     assert laboratory.undo()[1]["subquad_query_chunk"] == loaded.opts.subquad_query_chunk == 1
     assert laboratory.undo() == ("There is nothing to undo.", {})
+    assert laboratory.undoable() == "" and laboratory.offer(measurement)
 
 
 def test_a_frozen_setting_gets_a_message(laboratory, loaded, monkeypatch):

@@ -276,7 +276,7 @@ def test_hires_fix_makes_a_second_size(measured, loaded, capsys):
         ({"hr_scale": 9.0, "hr_resize_x": 192, "hr_resize_y": 256}, (192, 256)),
         ({"hr_scale": 1.0, "hr_resize_x": 0, "hr_resize_y": 0}, (64, 128)),
     ):
-        assert measuring._sizes(SimpleNamespace(**first, **given)) == list(dict.fromkeys([(64, 128), second]))
+        assert loaded.infotext.sizes(SimpleNamespace(**first, **given)) == list(dict.fromkeys([(64, 128), second]))
     request = SimpleNamespace(**first, hr_scale=4.0, hr_resize_x=0, hr_resize_y=0)
     loaded.infotext.begin(request)
     measuring.before(request)

@@ -32,7 +32,7 @@ def test_a_side_that_cannot_be_is_said_and_not_changed(models, side, value):
 
 @pytest.mark.parametrize("value", [0, 65, 1.5, True, "1.5", None])
 def test_a_batch_that_cannot_be_is_said(models, value):
-    with pytest.raises(UserError, match="^Batch is .*; it must be a whole number from 1 to 64"):
+    with pytest.raises(UserError, match="^Batch size is .*; it must be a whole number from 1 to 64"):
         ask(models, batch=value)
 
 

@@ -101,7 +101,7 @@ def test_no_image_fits_no_memory():
     asked = question(checkpoint("sd15"), free=1000, dtype=torch.float16)
     assert asked.largest_image() is None
     assert size_in_words(asked) == (
-        "An image of 512 x 512 does not fit. Not even the smallest image keeps its attention inside the memory limit."
+        "An image of 512 × 512 does not fit. Not even the smallest image keeps its attention inside the memory limit."
     )
 
 
@@ -109,14 +109,14 @@ def test_a_size_between_two_steps_that_fits_is_not_said_not_to():
     asked = question(checkpoint("sd15"), 1000)
     enough = max(row.call_bytes for row in asked.rows()) * 100 // 70 + 1
     assert "does not fit" not in size_in_words(dataclasses.replace(asked, free_bytes=enough))
-    assert "An image of 1024 x 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
+    assert "An image of 1024 × 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
 
 
 def test_the_largest_image_that_is_named_can_be_asked_about():
     asked = question(checkpoint("sd15"), 768, 512, free=2**60)
     assert asked.largest_image()[0] == LARGEST_SIDE
     assert question(asked.checkpoint, *asked.largest_image()).rows()
-    assert " or larger. The rest" in size_in_words(asked)
+    assert size_in_words(asked).startswith("Images of every size keep their attention inside the memory limit. The")
 
 
 @pytest.mark.parametrize("value", [0, -64, 63, 64.5, LARGEST_SIDE + 1, "wide", "", None, True, float("nan"), 10**400])
@@ -128,7 +128,7 @@ def test_a_side_that_makes_no_image_is_said(side, value):
 
 @pytest.mark.parametrize("value", [0, LARGEST_BATCH + 1, 1.5, None])
 def test_a_batch_that_cannot_be_is_said(value):
-    with pytest.raises(UserError, match=r"^Batch is .*; it must be a whole number from 1 to 64\.$"):
+    with pytest.raises(UserError, match=r"^Batch size is .*; it must be a whole number from 1 to 64\.$"):
         dataclasses.replace(question(checkpoint("sd15")), batch=value)
 
 

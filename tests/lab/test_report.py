@@ -237,7 +237,7 @@ def test_facts_that_are_not_told(monkeypatch):
     monkeypatch.setattr(devices, "free_bytes", lambda device: devices.UNKNOWN_FREE_BYTES)
     told = dict(facts.facts(CPU))
     assert told["Driver"] == told["Device"] == "not told (OSError)"
-    assert told["Memory"] == "not told; 1024.0 MiB are taken to be free"
+    assert told["Memory"] == "not told; 1024 MiB are taken to be free"
     assert "someone" not in str(told)
 
 

@@ -65,4 +65,4 @@ def describe(tensors: Tensors, heads: Heads | None) -> Checkpoint:
     prefix, family = found[known[0][1]]
     model = family.read(tensors.under(prefix), heads, latent_factor)
     notes = (*model.notes, *vae_notes, *([] if vae_layers else [NO_VAE]))
-    return replace(model, layers=model.layers + vae_layers, notes=notes)
+    return replace(model, layers=model.layers + vae_layers, notes=notes, about_model=model.notes)

@@ -46,7 +46,7 @@ class Question:
 
     def __post_init__(self) -> None:
         checked = {name: sizes.side(name.title(), getattr(self, name)) for name in ("width", "height")}
-        checked["batch"] = sizes.whole("Batch", self.batch, 1, LARGEST_BATCH)
+        checked["batch"] = sizes.whole("Batch size", self.batch, 1, LARGEST_BATCH)
         if self.free_bytes is None:
             checked["free_bytes"] = devices.free_bytes(self.device)
         for name, value in checked.items():
@@ -60,7 +60,10 @@ class Question:
     @property
     def notes(self) -> tuple[str, ...]:
         """The checkpoint's, and a sentence where the prompt's or the image's size may not be as asked for."""
-        return (*self.checkpoint.notes, *self._prompt_note(), *self._side_note(), *self._size_note())
+        notes: tuple[str, ...] = self.checkpoint.notes
+        if all(layer.is_vae for layer in self.layers):
+            notes = tuple(note for note in notes if note not in self.checkpoint.about_model)
+        return (*notes, *self._prompt_note(), *self._side_note(), *self._size_note())
 
     def _prompt_note(self) -> list[str]:
         """How many tokens of the prompt stand in one sequence with the image's: of their number plans depend."""
@@ -95,11 +98,12 @@ class Question:
     def rows(self) -> list[Row]:
         """A row for every distinct shape among the layers, the costliest first."""
         counted: Counter[tuple[str, str, Problem]] = Counter()
-        for layer in self.layers:
+        alike = Counter(replace(layer, name="") for layer in self.layers)  # a model has few kinds, and many of each
+        for layer, count in alike.items():
             shapes = layer.shapes(*self._computed_size, self.batch, t5_tokens=self.t5_tokens)
             upcast = self.settings.upcast == "always"
             problem = Problem.from_shapes(*shapes, self.dtype, self.device, upcast=upcast)
-            counted[layer.part, layer.kind, problem] += 1
+            counted[layer.part, layer.kind, problem] += count
         rows = [
             Row(part, kind, count, problem, plan_problem(problem, self.settings, self.free_bytes))
             for (part, kind, problem), count in counted.items()
@@ -124,5 +128,9 @@ class Question:
 
     def fits(self) -> bool:
         """Whether every attention call of this size stays inside the memory limit, all that it holds included."""
-        limit = self.free_bytes * self.settings.memory_limit // 100
-        return all(row.call_bytes <= limit for row in self.rows())
+        return all(row.call_bytes <= self.limit_bytes for row in self.rows())
+
+    @property
+    def limit_bytes(self) -> int:
+        """The user's share of the free memory."""
+        return self.free_bytes * self.settings.memory_limit // 100

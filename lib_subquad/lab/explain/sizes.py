@@ -46,7 +46,8 @@ def whole(name: str, value: Any, least: int, most: int, step: int = 1) -> int:
     except (TypeError, ValueError, OverflowError):
         number = least - 1
     if isinstance(value, bool) or not (least <= number <= most and number % step == 0):
-        given = "empty" if value is None else shown(value)
+        # A page sends nothing for a field in which letters stand, too.
+        given = "empty or no number" if value is None else shown(value)
         kind = "whole number" if step == 1 else f"multiple of {step}"
         raise UserError(f"{name} is {given}; it must be a {kind} from {least} to {most}.")
     return int(number)

@@ -15,6 +15,11 @@ LOOKS = {
     "self": "in which the image looks at itself",
     "cross": "in which the image looks at the prompt",
 }
+REST = "The rest of the model needs memory as well."
+
+
+def size(width: int, height: int) -> str:
+    return f"{width} × {height}"
 
 
 def layers_in_words(rows: Sequence[Row], kinds: bool = False) -> str:
@@ -39,12 +44,13 @@ def size_in_words(question: Question, limit: str = "memory limit", strong: Calla
     largest = question.largest_image()
     if largest is None:
         told = f"Not even the smallest image keeps its attention inside the {limit}."
+    elif max(largest) >= sizes.LARGEST_SIDE:
+        told = f"Images of every size keep their attention inside the {limit}. {REST}"
     else:
-        more = " or larger" if max(largest) >= sizes.LARGEST_SIDE else ""
         told = (
             f"Largest image in these proportions whose attention stays inside the {limit}: "
-            f"{strong('{} x {}'.format(*largest))}{more}. The rest of the model needs memory as well."
+            f"{strong(size(*largest))}. {REST}"
         )
     if not question.fits():
-        told = f"{strong(f'An image of {question.width} x {question.height} does not fit.')} {told}"
+        told = f"{strong(f'An image of {size(question.width, question.height)} does not fit.')} {told}"
     return told

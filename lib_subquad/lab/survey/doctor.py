@@ -43,10 +43,10 @@ def diagnosis(problems: Sequence[Problem], settings: Settings, free_bytes: int |
     device = problems[0].device
     here = Situation(
         kind=devices.kind(device),
-        name=_told(lambda: identity.device_name(device)),
+        name=device_name(device),
         architecture=_told(lambda: facts.architecture(device)),
         torch=_version(torch.__version__),
-        unfused=sum(_splits(made) for made in plans),
+        unfused=sum(map(lacks_kernel, plans)),
         switched_off=tuple(facts.switched_off()),
         dtype=str(problems[0].dtype).removeprefix("torch."),
         variables=os.environ,
@@ -58,17 +58,21 @@ def diagnosis(problems: Sequence[Problem], settings: Settings, free_bytes: int |
     return Diagnosis(plans, tuple(advise(here)))
 
 
+def device_name(device: torch.device) -> str:
+    """As its driver tells it, or else what kind it is."""
+    return _told(lambda: identity.device_name(device)) or devices.kind(device)
+
+
 def _told(ask: Callable[[], str]) -> str:
     with contextlib.suppress(Exception):  # a driver that does not answer
         return ask()
     return ""
 
 
-def _splits(made: Plan) -> bool:
+def lacks_kernel(made: Plan) -> bool:
     """Whether scores are kept a tile at a time, for want of a kernel that keeps none."""
-    return (
-        order.named(made.engine).SPLITS_KEYS and made.measured is None
-    )  # what was measured to be faster lacks nothing
+    # What was measured to be faster lacks nothing.
+    return order.named(made.engine).SPLITS_KEYS and made.measured is None
 
 
 def _kept_away(
@@ -79,7 +83,7 @@ def _kept_away(
     found = {
         made.reasons[0]: None
         for problem, made in zip(problems, plans)
-        if _splits(made) and made.reasons and not _splits(plan_problem(problem, free, free_bytes))
+        if lacks_kernel(made) and made.reasons and not lacks_kernel(plan_problem(problem, free, free_bytes))
     }
     return found
 

@@ -19,9 +19,9 @@ from ...console import UserError
 from ...layers import ldm, projections
 from ...layers.heads import heads_attention
 from .. import status
-from ..status import Reach
+from ..status import Reach, Standing
 from . import pins
-from .base import Host, Loaded, Standing, readable
+from .base import Host, Loaded, readable
 from .hooks import Hook
 
 
@@ -237,8 +237,8 @@ class A1111(Host):
         name = current.title() if current is not None else "None"
         return Standing(
             "subquad is not active",
-            f"the web UI uses {name}. Select \u201c{ENTRY.title()}\u201d in Settings, Optimizations, Cross attention "
-            "optimization.",
+            f"the web UI uses {name}.",
+            f"Select \u201c{ENTRY.title()}\u201d in Settings, Optimizations, Cross attention optimization.",
         )
 
     def reach(self, served: set[int]) -> Reach:
@@ -248,7 +248,7 @@ class A1111(Host):
     def loaded(self) -> Loaded:
         model = sd_models.model_data.sd_model  # shared.sd_model would load one
         if model is None:
-            raise UserError("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+            raise UserError("No checkpoint is loaded yet.", "Choose one from the list, or make an image first.")
         filename = readable(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
         return Loaded(filename, lambda: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 

@@ -16,7 +16,7 @@ from ...checkpoint import T5_TOKENS, Checkpoint
 from ...console import UserError
 from ...settings import Settings
 from .. import options
-from ..status import Reach
+from ..status import Reach, Standing
 
 VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
 
@@ -36,14 +36,6 @@ KNOWN = {
     "flex": "FlexAttention",
 }
 IN_WORDS = {UNET: "the U-Net or transformer", VAE: "the VAE"}
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Whether subquad computes attention here, in words: what is so, why, and what to do about it. All plain text."""
-
-    is_so: str
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ class Host:
         Raises:
             UserError: there is none, or it does not show its layers.
         """
-        raise UserError("This web UI does not show the loaded checkpoint. Choose one from the list.")
+        raise UserError("This web UI does not show the loaded checkpoint.", "Choose one from the list.")
 
     def checkpoints(self) -> dict[str, str]:
         """Title -> file of every checkpoint on the web UI's list."""
@@ -127,6 +119,15 @@ class Host:
         """What the U-Net or transformer computes in."""
         devices = module("devices")
         return getattr(devices, "dtype_unet", getattr(devices, "dtype", torch.float32))
+
+    def waiting(self) -> int:
+        """How many images are being made or wait for their turn, as far as the web UI tells: one at least while its
+        lock is held."""
+        lock = self.lock()
+        if lock.acquire(blocking=False):
+            lock.release()
+            return 0
+        return 1 + len(getattr(lock, "_pending_threads", ()))
 
     def lock(self) -> threading.Lock:
         """What the web UI holds while it makes an image; to be asked with `acquire(blocking=False)`."""
@@ -186,8 +187,9 @@ class Switched(Host):
         if not parts:
             return Standing(
                 "subquad is not active",
-                f"the web UI uses {both}. Set \u201c{options.USE.label}\u201d (in Settings, Sub-quadratic attention, "
-                "or in Quicksettings if you have put it there).",
+                f"the web UI uses {both}.",
+                f"Set \u201c{options.USE.label}\u201d (in Settings, Sub-quadratic attention, or in Quicksettings if "
+                "you have put it there).",
             )
         if len(parts) > 1:
             return Standing("subquad is active", f"without it the web UI would use {both}.")

@@ -131,7 +131,7 @@ class Functions(Switched):
             return Loaded(filename, lambda: _shapes(model))
         chosen = self._chosen_file()
         if not readable(chosen):
-            raise UserError("No checkpoint is loaded yet. Choose one from the list, or make an image first.")
+            raise UserError("No checkpoint is loaded yet.", "Choose one from the list, or make an image first.")
         return Loaded(chosen, note="It is not loaded yet: the web UI loads it for the next image.")
 
     def dtype(self) -> torch.dtype:
