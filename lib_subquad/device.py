@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -430,6 +431,18 @@ def release_cached(device: torch.device) -> None:
     with contextlib.suppress(Exception):  # after an out-of-memory, failing to tidy up must not hide it
         if (module := cache.get(device.type)) is not None:
             module.empty_cache()
+
+
+def give_back_freed_memory() -> None:
+    """glibc keeps what was freed, and what it keeps would pass for memory that is in use."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            _libc().malloc_trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -18,6 +18,7 @@ RESULTS = {
     "ContractError",
     "_Dropped",
     "_Interrupted",
+    "Interrupted",
     "_CannotLook",
 }
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..console import say
+from ..device import give_back_freed_memory as give_back_freed_memory
 
 Stop = Callable[[], int]  # ends a measurement: bytes at the peak, beside what was there before
 
@@ -116,10 +114,3 @@ def _samples() -> Stop | None:
         return peak - before
 
     return stop
-
-
-def give_back_freed_memory() -> None:
-    """glibc keeps what was freed, and what it keeps would pass for memory that the next call does not need."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)

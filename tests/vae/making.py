@@ -1,0 +1,53 @@
+"""Small halves of VAEs, of the classes that really run, with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
+    ldm = pytest.importorskip("ldm.modules.diffusionmodules.model", reason="stable-diffusion-sdkit is not installed")
+
+TINY = {
+    "ch": 32, "out_ch": 3, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
+    "resolution": 64, "z_channels": 4, "double_z": True, "attn_type": "vanilla",
+}  # fmt: skip
+ROOMY, CRAMPED = 1 << 40, 0  # bytes that are free
+
+
+def half(name: str, **config: object) -> nn.Module:
+    """ "decoder" or "encoder", with norms and biases that matter."""
+    cls = ldm.Decoder if name == "decoder" else ldm.Encoder
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = cls(**(TINY | config)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for module in made.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.uniform_(-1, 1, generator=generator)
+        elif isinstance(module, nn.Conv2d):
+            module.bias.uniform_(-1, 1, generator=generator)
+            module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
+    return made
+
+
+def given(name: str, height: int = 19, width: int = 7, batch: int = 1) -> Tensor:
+    """Latents, or pictures of four times their size and a little more."""
+    generator = torch.Generator().manual_seed(2)
+    if name == "decoder":
+        return torch.randn(batch, 4, height, width, generator=generator)
+    return torch.randn(batch, 3, 4 * height + 1, 4 * width + 3, generator=generator)
+
+
+def in_float64(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(module).double()(x.double())
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return torch.linalg.vector_norm(found.double() - truth).item()
