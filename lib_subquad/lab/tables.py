@@ -33,7 +33,7 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value >= 10:
-        return f"{value:.1f} s"
+        return f"{value:.1f}".removesuffix(".0") + " s" if value < 100 else f"{value:.0f} s"
     if value >= 1:
         return f"{value:.2f} s"
     return f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
@@ -58,8 +58,8 @@ def memory(count: float | None) -> str:
     """A number of bytes."""
     if count is None:
         return NOTHING
-    if 0 < count < devices.MIB / 20:
-        return f"{count / 1024:.1f} KiB"
+    if count < devices.MIB / 20:
+        return f"{count / 1024:.1f} KiB" if count else "0"
     return f"{count / devices.MIB:.1f} MiB" if count < 10 * devices.GIB else f"{count / devices.GIB:.1f} GiB"
 
 

@@ -101,7 +101,7 @@ class Laboratory:
             for step in exploration.run():
                 if run.cancelled:
                     break
-                yield words.CSS + results.progress(step.done, step.total, step.seconds_left, step.what)
+                yield words.CSS + results.progress(step)
         except Exception as error:  # a device that cannot even be measured says so in its own words
             yield words.CSS + words.warning(f"Measuring stopped: {error}")
             return
