@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import time
 import traceback
@@ -15,6 +14,7 @@ from modules import shared
 
 from ..console import say
 from . import models, words
+from . import plot as picture
 from .laboratory import LABORATORY
 
 TITLE = "Attention"
@@ -94,14 +94,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             apply = gr.Button("Apply", elem_id="subquad_apply", min_width=80)
             undo = gr.Button("Undo", elem_id="subquad_undo", min_width=80)
         message = gr.HTML(elem_id="subquad_message")
-        plot = gr.Image(
-            label="Time against memory",
-            show_label=False,  # it would lie over the legend
-            elem_id="subquad_plot",
-            visible=False,
-            type="pil",
-            interactive=False,
-        )
+        plot = gr.HTML(elem_id="subquad_plot", visible=False)
         answer = gr.HTML(elem_id="subquad_answer")
         with gr.Accordion("What was measured", open=False, elem_id="subquad_measured_details"):
             gr.Markdown(FORGETTING.replace("\n", " "))
@@ -171,7 +164,7 @@ def _measure(*question):
     yield gr.update(), gr.update(), gr.update()  # of a step that gives nothing gradio would make empty answers
     for answer, run in LABORATORY.measure(*question):
         found = run.exploration
-        plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
+        plot = gr.update() if found is None else gr.update(value=picture.svg(found), visible=True)
         # What Cancel said is over with the answer that comes next.
         message = "" if found or run.cancelled else gr.update()
         yield answer, plot, message
@@ -188,16 +181,6 @@ def _cancel(run):
     if waited and run.withdrawn:
         return message, "", str(time.monotonic_ns())
     return message, gr.update(), gr.update()
-
-
-def _picture(exploration):
-    from PIL import Image
-
-    from ..lab.tune.picture import draw
-
-    data = io.BytesIO()
-    draw(exploration).savefig(data, format="png")
-    return Image.open(data)
 
 
 def _and_tell(action):
