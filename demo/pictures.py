@@ -58,7 +58,7 @@ def photograph(url: str, folder: Path, chromium: str | None) -> None:
         page.click("#subquad_measure")
         page.wait_for_selector("#subquad_answer progress")
         page.wait_for_selector("#subquad_answer table", timeout=MEASURE_SECONDS * 1000)
-        page.wait_for_selector("#subquad_plot img")
+        page.wait_for_selector("#subquad_plot svg[role=img]")
         page.wait_for_timeout(1000)
         page.screenshot(path=folder / "measure.png", full_page=True)
         browser.close()

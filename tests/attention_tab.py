@@ -118,7 +118,7 @@ def from_answer_to_undo(page, set_query_chunk: Callable[[int], None], generate: 
     tab.click("measure")
     tab.wait_until_measuring()
     tab.wait_for(f"{ANSWER} table", "recommended")
-    page.wait_for_selector("#subquad_plot img, #subquad_answer svg")
+    page.wait_for_selector("#subquad_plot svg[role=img]")
 
     assert tab.settings == ("1", "0", "automatic")
     assert tab.wait_for_buttons("measure", "apply")["apply"].startswith("Apply: ")

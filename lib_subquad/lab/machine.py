@@ -45,10 +45,16 @@ def processor_seconds() -> Seconds | None:
         with open("/proc/stat") as file:
             ticks = [int(word) for word in file.readline().split()[1:9]]
         seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
+        idle = seconds[3] + seconds[4]  # waiting for disks
     except (OSError, ValueError, AttributeError):  # only Linux has the file, and Windows has no sysconf
-        return None
+        try:
+            import psutil
+        except ImportError:
+            return None
+        times = psutil.cpu_times()
+        seconds, idle = list(times), times.idle
     own = os.times()
-    return sum(seconds), sum(seconds) - seconds[3] - seconds[4], own.user + own.system  # idle, and waiting for disks
+    return sum(seconds), sum(seconds) - idle, own.user + own.system
 
 
 def share_of_others(before: Seconds | None, after: Seconds | None) -> float | None:

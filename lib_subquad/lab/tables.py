@@ -33,7 +33,7 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value >= 10:
-        return f"{value:.1f} s"
+        return f"{value:.1f}".removesuffix(".0") + " s" if value < 100 else f"{value:.0f} s"
     if value >= 1:
         return f"{value:.2f} s"
     return f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
@@ -58,7 +58,9 @@ def memory(count: float | None) -> str:
     """A number of bytes, none so small a part of its unit that nothing is left of it."""
     if count is None:
         return NOTHING
-    if 0 < count < devices.MIB / 10:
+    if not count:
+        return "0"
+    if count < devices.MIB / 10:
         return f"{_digits(max(count / devices.KIB, 0.1))} KiB"
     if count < 10 * devices.GIB:
         return f"{_digits(count / devices.MIB)} MiB"

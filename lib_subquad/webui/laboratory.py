@@ -159,7 +159,7 @@ class Laboratory:
             for step in exploration.run():
                 if run.cancelled:
                     break
-                yield results.progress(step.done, step.total, step.seconds_left, step.what)
+                yield results.progress(step)
         except Exception as error:  # a device that cannot even be measured says so in its own words
             yield words.warning(str(Said(words.STOPPED, error=error)))
             return

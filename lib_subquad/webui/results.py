@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from ..lab import tables
-from ..lab.tune.exploration import Exploration
+from ..lab.tune.exploration import Exploration, Progress
 from ..lab.tune.trials import Trial, about_as_fast
 from . import words
 
@@ -13,25 +13,50 @@ MOST_TRIED = 8
 
 
 def trial_table(exploration: Exploration) -> str:
-    """The answer to Measure: all settings that were compared; where none were, the fastest of those tried.
+    """The answer to Measure: a sentence, the settings that were compared, and folded away those that were only tried,
+    whose times are no comparison; open where there is nothing else."""
+    compared = [trial for trial in exploration.trials if trial.rounds]
+    tried = [trial for trial in (*exploration.trials, *exploration.tried) if not trial.rounds]
+    if not (compared or tried):
+        return words.warning("Nothing was measured yet.")
+    told = verdict(exploration)
+    if disturbed := exploration.disturbance().sentence(past=True):
+        told += words.warning(disturbed)
+    if compared:
+        how = words.term(f"Measured {exploration.rounds} times", "Measured")
+        told += words.line(f"{how} each, in turn:") + _table(compared, exploration)
+    tried.sort(key=lambda trial: (trial is not exploration.today(), trial.seconds))
+    kept = sorted(tried[:MOST_TRIED], key=lambda trial: trial.seconds)
+    return told + _tried_once(kept, len(tried), bool(compared), exploration)
 
-    Today's, if measured once, has a row below: the time of a single run is no comparison.
-    """
-    today, recommended, automatic = exploration.today(), exploration.recommended(), exploration.automatic()
-    known = sorted(exploration.trials, key=lambda trial: trial.seconds)
-    compared = [trial for trial in known if trial.rounds] or known[:MOST_TRIED]
-    shown = {id(trial): trial for trial in (*compared, automatic, today, recommended) if trial}
-    rows = []
-    for trial in sorted(shown.values(), key=lambda trial: (not trial.rounds, trial.seconds)):
-        marks = [word for mark, word in ((recommended, "recommended"), (today, "today")) if trial is mark]
-        marks += exploration.remarks(trial)
-        measured = f"{trial.repeats} times" if trial.rounds else "once"
-        time = f"{trial.seconds * 1e3:.1f} ms"
-        rows.append([trial.label, time, measured, tables.memory(trial.peak_bytes), ", ".join(marks)])
-    if not rows:
-        return words.CSS + words.warning("Nothing was measured yet.")
-    headings = ["Setting", "Time", "Measured", "Peak", ""]
-    return words.CSS + verdict(exploration) + words._table(headings, ([escape(cell) for cell in row] for row in rows))
+
+def _tried_once(shown: list[Trial], count: int, folded: bool, exploration: Exploration) -> str:
+    if not shown:
+        return ""
+    how_many = f"{count} settings" if count > 1 else "1 setting"
+    fastest = f"; the fastest {len(shown)}" if count > len(shown) else ""
+    title = f"{words.term('Measured once', 'Measured')}, to see what is worth comparing: {how_many}{fastest}"
+    is_open = "" if folded else " open"
+    table = _table(shown, exploration)
+    return f'<details class="subquad-line"{is_open}><summary>{title}</summary>{table}</details>'
+
+
+def _table(shown: list[Trial], exploration: Exploration) -> str:
+    rows = (
+        [
+            trial.label,
+            tables.seconds(trial.seconds),
+            tables.memory(trial.peak_bytes),
+            ", ".join(_marks(trial, exploration)),
+        ]
+        for trial in shown
+    )
+    return words._table(["Setting", "Time", "Peak", ""], ([escape(cell) for cell in row] for row in rows))
+
+
+def _marks(trial: Trial, exploration: Exploration) -> list[str]:
+    named = (("recommended", exploration.recommended()), ("today", exploration.today()))
+    return [word for word, other in named if other is trial] + exploration.remarks(trial)
 
 
 def verdict(exploration: Exploration) -> str:
@@ -70,7 +95,12 @@ def _advice(today: Trial | None, recommended: Trial, unclear: str) -> str:
     return f"Recommended: <b>{escape(recommended.label)}</b>, {beside}."
 
 
-def progress(done: int, total: int, seconds_left: float | None, what: str) -> str:
-    left = "" if seconds_left is None else f", about {max(1, round(seconds_left))} s left"
-    bar = f'<progress max="{total}" value="{done}" style="width: 100%"></progress>'
-    return words.line(f"{bar}<br>{done} of {total} measured{left}: {escape(what)}")
+def progress(step: Progress) -> str:
+    """One bar for the whole, how long it still takes, and what disturbs it."""
+    left = "" if step.seconds_left is None else f"About {tables.duration(step.seconds_left)} left. "
+    bar = (
+        f'<progress max="{step.total}" value="{step.done}" style="width: 100%" aria-label="Measuring">'
+        f"{step.done / step.total:.0%}</progress>"
+    )
+    disturbed = step.disturbance.sentence(past=False)
+    return words.line(f"{bar}<br>{left}{escape(step.what)}") + (words.warning(disturbed) if disturbed else "")

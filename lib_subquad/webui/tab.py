@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import time
 import traceback
@@ -15,6 +14,7 @@ from modules import shared
 
 from ..console import say
 from . import browser, models, status, words
+from . import plot as picture
 from .answer import Answer
 from .laboratory import LABORATORY
 from .words import LABELS, Said
@@ -65,14 +65,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 measure = _button("measure")
                 cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
             message = gr.HTML(elem_id="subquad_message")
-            plot = gr.Image(
-                label=LABELS["plot"],
-                show_label=False,  # it would lie over the legend
-                elem_id="subquad_plot",
-                visible=False,
-                type="pil",
-                interactive=False,
-            )
+            plot = gr.HTML(elem_id="subquad_plot", visible=False)
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
                 details = gr.HTML(elem_id="subquad_details")
@@ -235,7 +228,7 @@ def _measure(*question):
     yield [gr.update()] * 7
     for answer, run in LABORATORY.measure(*question):
         found = run.exploration
-        plot = gr.update() if found is None else gr.update(value=_picture(found), visible=True)
+        plot = gr.update() if found is None else gr.update(value=picture.svg(found), visible=True)
         # What Cancel said is over with the answer that comes next.
         message = "" if found or run.cancelled else gr.update()
         yield [answer, plot, message, *map(_update, BUSY)]
@@ -252,16 +245,6 @@ def _cancel(run):
     if run is not None and run.withdrawn:
         return message, "", str(time.monotonic_ns()) if in_queue else gr.update()
     return message, gr.update(), gr.update()
-
-
-def _picture(exploration):
-    from PIL import Image
-
-    from ..lab.tune.picture import draw
-
-    data = io.BytesIO()
-    draw(exploration).savefig(data, format="png")
-    return Image.open(data)
 
 
 def _and_tell(action):

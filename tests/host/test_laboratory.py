@@ -46,14 +46,17 @@ def test_measure_holds_the_queue_and_gives_it_back(laboratory, lock):
 @pytest.mark.parametrize(
     ("yours", "chosen", "words"),
     [
-        (1.0, 1.0, ["Your setting, <b>portable 64 x auto</b>, is the best one here", "9 times"]),
+        (1.0, 1.0, ["Your setting, <b>portable 64 x auto</b>, is the best one here", "Measured 9 times"]),
         (2.0, 1.0, ["Recommended: <b>automatic</b>, 1.48 times as fast as yours", "today"]),
         (30.0, 1.0, ["many times as fast as yours, portable 64 x auto, was when tried once"]),
         (None, 1.0, ["Recommended: <b>automatic</b>. Your setting ran out of memory."]),
         (
             1.0,
             (0.6, 1.4, 1.4, 1.4, 1.4, 1.4),
-            ["This computer was too busy to tell whether it is faster than yours, portable 64 x auto.", "18 times"],
+            [
+                "This computer was too busy to tell whether it is faster than yours, portable 64 x auto.",
+                "Measured 18 times",
+            ],
         ),
     ],
 )

@@ -302,10 +302,32 @@ def test_a_table_is_aligned_and_is_markdown():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.000012, "12 µs"), (0.00123, "1.2 ms"), (0.414, "414 ms"), (7.261, "7.26 s"), (24.66, "24.7 s")],
+    [
+        (None, "–"),
+        (0.000012, "12 µs"),
+        (0.00123, "1.2 ms"),
+        (0.414, "414 ms"),
+        (7.261, "7.26 s"),
+        (24.66, "24.7 s"),
+        (18.0022, "18 s"),
+        (312.4, "312 s"),
+    ],
 )
 def test_times_in_words(value, text):
     assert tables.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "–"), (0, "0"), (700, "0.7 KiB"), (40 << 10, "40.0 KiB"), (100 << 10, "0.1 MiB"), (31 << 20, "31.0 MiB")],
+)
+def test_memory_in_words(count, text):
+    assert tables.memory(count) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.2, "1 s"), (9.4, "9 s"), (12.4, "10 s"), (44, "45 s"), (130, "2 min")])
+def test_how_long_in_words(value, text):
+    assert tables.duration(value) == text
 
 
 def test_the_report_compares_shape_by_shape_and_over_all():

@@ -349,6 +349,7 @@ def test_the_picture_shows_every_trial_and_names_the_recommended(made_up_times, 
     explored = finished(exploration(Settings(query_chunk=96)))
     figure = picture.draw(explored)
     figure.savefig(tmp_path / "lab.png")
+    assert figure.axes[0].get_xlim()[0] == 0
     compared, once = (figure.axes[0].collections[number].get_offsets() for number in (0, 1))
     assert (len(compared), len(once)) == (len(explored.trials), len(explored.tried))
     words = [text.get_text() for text in figure.legends[0].get_texts()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_subquad import Settings
@@ -14,6 +14,7 @@ from lib_subquad.lab.tune.trials import COUNTING, Trial, judged
 
 AUTOMATIC = Settings()
 seconds = st.floats(0.5, 2.0)
+on_a_busy_machine = settings(deadline=None)
 
 
 @st.composite
@@ -22,17 +23,18 @@ def trials(draw):
     rounds = draw(st.integers(COUNTING, 12))
     found = []
     for number in range(draw(st.integers(1, 8))):
-        settings = replace(AUTOMATIC, query_chunk=64 * number)
+        chosen = replace(AUTOMATIC, query_chunk=64 * number)
         its, slowed = draw(seconds), st.floats(1.0, draw(st.sampled_from([1.0, 1.02, 3.0])))
         every = [its * draw(slowed) for _ in range(rounds)]
         first = its * draw(slowed)
         tried = Trial(
-            settings, first, first, first, min(first, *every), draw(st.integers(1, 9)) * MIB, draw(st.booleans())
+            chosen, first, first, first, min(first, *every), draw(st.integers(1, 9)) * MIB, draw(st.booleans())
         )
         found.append(tried.in_rounds(every) if number == 0 or draw(st.integers(0, 3)) else tried)
     return found
 
 
+@on_a_busy_machine
 @given(trials())
 def test_what_is_recommended_is_what_the_table_and_the_plot_show(found):
     judgement = judged(found, found[0])
@@ -55,6 +57,7 @@ def test_what_is_recommended_is_what_the_table_and_the_plot_show(found):
     assert list(judgement.front) == sorted(judgement.front, key=lambda trial: -trial.peak_bytes)
 
 
+@on_a_busy_machine
 @given(trials())
 def test_to_be_clearly_faster_is_an_order(found):
     for one in found:
@@ -66,6 +69,7 @@ def test_to_be_clearly_faster_is_an_order(found):
                 assert all(one.faster_than(third) for third in found if other.faster_than(third))
 
 
+@on_a_busy_machine
 @given(trials())
 def test_automatic_gives_way_only_to_what_is_clearly_faster(found):
     best = judged(found, found[0]).recommended

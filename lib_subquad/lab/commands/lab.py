@@ -8,7 +8,6 @@ from typing import Any
 from ...engines import order
 from .. import tables
 from ..explain.question import Question
-from ..machine import processor_seconds, share_of_others
 from ..tune.exploration import Exploration
 from ..tune.picture import draw
 from ..tune.trials import TUNED, Trial
@@ -36,9 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     kept.load(arguments)
     asked = question.read(arguments)
     exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
-    before = processor_seconds()
     stopped = _measure(exploration)
-    others = share_of_others(before, processor_seconds())
+    disturbed = exploration.disturbance().sentence(past=True)
     if not exploration.trials:
         print(
             "Stopped before a first setting was measured." if stopped else "Nothing could be measured: out of memory."
@@ -48,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
     finally:
         print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
-        print("\n" + "\n".join([*_conclusions(exploration), *_busyness(others), *asked.notes]))
+        print("\n" + "\n".join([*_conclusions(exploration), *[disturbed] * bool(disturbed), *asked.notes]))
     if found := exploration.found():
         print(kept.add(arguments, order.machine(asked.device), found))
     if arguments.verify and not stopped:
@@ -91,10 +89,6 @@ def _conclusions(exploration: Exploration) -> list[str]:
         why = "The machine was too busy to tell" if exploration.complete else "It ended before it was clear"
         found.append(f"{why} whether these are faster: {labels}.")
     return found
-
-
-def _busyness(others: float | None) -> list[str]:
-    return [] if others is None else [f"Other programs took {others:.0%} of the processors meanwhile."]
 
 
 def _measure(exploration: Exploration) -> bool:

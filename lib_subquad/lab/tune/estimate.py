@@ -32,7 +32,7 @@ class Estimate:
         """None before Automatic was measured on every shape."""
         if not all(key in self._runs for key in self._base.values()):
             return None
-        slowed = self._slowed()
+        slowed = self.slowed()
         known = {key: min(runs) * (slowed if len(runs) > 1 else 1.0) for key, runs in self._runs.items()}
         seconds = 0.0
         for problem, plan in calls:
@@ -49,7 +49,8 @@ class Estimate:
             return SPLITTING if order.named(name).SPLITS_KEYS else WHOLE
         return sum(its for its, _ in took) / sum(automatics for _, automatics in took)
 
-    def _slowed(self) -> float:
+    def slowed(self) -> float:
+        """How many times as long as at their best the calls took that were repeated."""
         again = [runs for runs in self._runs.values() if len(runs) > 1]
         quiet = sum(min(runs) * len(runs) for runs in again)
         return sum(map(sum, again)) / quiet if quiet else 1.0

@@ -21,9 +21,11 @@ from ...engines.table import Candidate, Class, Found, choose, class_of
 from ...plan import Plan, limit_bytes, measured, plan_problem, why_it_cannot
 from ...problem import Problem
 from ...settings import Settings
+from .. import machine
 from ..explain.rows import Row
 from .calls import Call, Key, cost, describe, key_of, measure, ran_out
 from .candidates import candidates
+from .disturbance import Disturbance, least_difference
 from .estimate import Estimate
 from .trials import AUTOMATIC, COUNTING, TUNED, Judgement, Trial, front, judged
 
@@ -58,6 +60,7 @@ class Progress:
     total: int
     seconds_left: float | None
     what: str
+    disturbance: Disturbance = Disturbance()
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Exploration:
     _plans: dict[Settings, list[Call]] = field(default_factory=dict)
     _judgement: Judgement = Judgement()
     _wanted: list[Settings] = field(default_factory=list)
+    _processor: machine.Seconds | None = None
     _began: float | None = None
     _done: int = 0
 
@@ -103,6 +107,7 @@ class Exploration:
 
     def run(self) -> Iterator[Progress]:
         """Measure, telling before every call how far it is. Stop iterating to stop measuring."""
+        self._processor = machine.processor_seconds()
         yield from self._try()
         self._finalists = self._choose_finalists()
         yield from self._compare()
@@ -141,6 +146,11 @@ class Exploration:
             ("inexact", trial.settings.engine in order.inexact()),
         )
         return [words for words, true in said if true]
+
+    def disturbance(self) -> Disturbance:
+        """What other programs did to it so far."""
+        share = machine.share_of_others(self._processor, machine.processor_seconds()) if self._processor else None
+        return Disturbance(share, self._estimate.slowed(), least_difference(self._judgement.trials))
 
     def pareto_front(self) -> list[Trial]:
         """Of the trials that were compared, those that no other beats in both time and memory, the fastest first."""
@@ -238,7 +248,7 @@ class Exploration:
         if left is not None:
             done = (now - self._began) / (now - self._began + left)
             self._done = min(max(self._done, int(done * PARTS)), PARTS - 1)  # a bar never goes back
-        return Progress(self._done, PARTS, left, what)
+        return Progress(self._done, PARTS, left, what, self.disturbance())
 
     def _seconds_left(self, calls: Sequence[Call], tries: int) -> float | None:
         """Of these calls and of what will come after them, by what is known now."""

@@ -34,7 +34,7 @@ def draw(exploration: Exploration) -> Figure:
             axes.scatter(*_points(trials), label=words, zorder=2, **how)
     front = exploration.pareto_front()
     if front:
-        axes.plot(*_points(front), "o-", color="#2563eb", label="nothing else is both faster and smaller", zorder=3)
+        axes.plot(*_points(front), "o-", color="#2563eb", label="less memory than anything faster", zorder=3)
     for words, trial, marker, size, color in (
         ("today", exploration.today(), "s", 150, "#b45309"),
         ("recommended", exploration.recommended(), "o", 220, "#15803d"),
@@ -56,6 +56,7 @@ def draw(exploration: Exploration) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.margins(0.12)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     return figure

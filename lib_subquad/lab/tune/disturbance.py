@@ -1,0 +1,48 @@
+"""What other programs did to a measurement, and how much that matters."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .trials import WORTH_CHANGING, Trial
+
+# Less than this is nothing to speak of: of the processors, and beyond what repeated calls take at best.
+SHARE, LONGER = 0.1, 1.1
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """`share` of the processors that others took, None where the system does not tell; how many times as long as at
+    their best `longer` repeated calls took; the least `difference` between two settings' times that can be told, as a
+    ratio, None before they were compared."""
+
+    share: float | None = None
+    longer: float = 1.0
+    difference: float | None = None
+
+    def sentence(self, past: bool) -> str:
+        """In words; empty where nothing disturbed it."""
+        if self.longer < LONGER and (self.share or 0.0) < SHARE:
+            return ""
+        who = "Something else" if self.share is None or self.share < SHARE else "Other programs"
+        busy = "" if self.share is None or self.share < SHARE else f" {self.share * 100:.0f} % of the processor"
+        verb = ("took" if past else "take") if busy else ("slowed it" if past else "slows it")
+        were = "were" if past else "are"
+        so = (
+            f"times {were} about {self.longer:.1f} times as long"
+            if self.longer >= LONGER
+            else f"times {were} hardly longer"
+        )
+        if self.difference is None:
+            return f"{who} {verb}{busy}: {so}."
+        least = f"{max(1, round((self.difference - 1) * 100))} %"
+        return f"{who} {verb}{busy}: {so}, and settings that differ by less than {least} cannot be told apart."
+
+
+def least_difference(compared: Iterable[Trial]) -> float | None:
+    """How many times as long as another a setting must take for all rounds that count to say so: what they differ by
+    among themselves, as a rule, and what is worth a change."""
+    spreads = [trial.rounds[-1] / trial.rounds[0] for trial in compared if trial.rounds]
+    return statistics.median(spreads) / WORTH_CHANGING if spreads else None
