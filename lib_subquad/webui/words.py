@@ -37,8 +37,8 @@ LABELS = {
     "details": "Details: how each layer is computed, and why",
     "about": "About: what these words mean, and what was measured before",
     "forget": "Forget what was measured",
-    "plot": "Time against memory",
 }
+PLOT = "Time against memory of the settings in the table."
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
 AUTOMATIC = "automatic"
@@ -148,7 +148,7 @@ TERMS = {
 CARDS = """ {
 .subquad-table thead {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)}
 .subquad-table table, .subquad-table tbody, .subquad-table td {display: block}
-.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); gap: .5em .8em;
+.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(7em, 100%), 1fr)); gap: .5em .8em;
                    padding: .7em 0}
 .subquad-table td {padding: 0 !important}
 .subquad-table td:first-child, .subquad-table td:last-child {grid-column: 1 / -1}
@@ -177,11 +177,13 @@ CSS = f"""
 @container subquad-few (max-width: 480px) {CARDS}
 @container subquad-many (max-width: 860px) {CARDS}
 .subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
+.subquad-plot {{max-width: 100%}}
 .subquad-words dt {{font-weight: 600; margin-top: .4em}}
 .subquad-words dd {{margin-inline-start: 1em}}
-#subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb; outline-offset: 2px}}
-.dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd}}
-#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
+#subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb !important;
+                                                                    outline-offset: 1px}}
+.dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd !important}}
+#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer; padding-inline-end: .5em}}
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """
@@ -237,6 +239,11 @@ def glossary() -> str:
 
 def line(text: str) -> str:
     return f'<p class="subquad-line" dir="auto">{text}</p>'
+
+
+def picture(png: str) -> str:
+    """A picture, in base 64, of what stands in the table as well."""
+    return f'<img class="subquad-plot" src="data:image/png;base64,{png}" alt="{escape(PLOT)}">'
 
 
 def warning(text: str) -> str:
