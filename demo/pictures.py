@@ -1,11 +1,15 @@
 """The pictures of the README, made anew: `python -m demo.pictures docs`.
 
-Starts the demo and photographs its page in Chromium: the settings section, and the tab after Explain and after Measure.
+Starts the demo and photographs its page in Chromium: the settings section, and the tab with its details and after
+Measure. What the page says is noted beside the pictures, so that a test can tell when it says something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
+import json
 import shutil
 import socket
 import subprocess
@@ -14,6 +18,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+from lib_subquad.settings import OPTIONS
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("words.py", "results.py")  # in lib_subquad/webui
+NOTE = "pictures.json"
 START_SECONDS = 60
 MEASURE_SECONDS = 300
 
@@ -37,7 +46,26 @@ def main() -> int:
     finally:
         demo.terminate()
         demo.wait()
+    (arguments.folder / NOTE).write_text(json.dumps(said(), indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def said() -> dict[str, str]:
+    """A digest of the words on the tab and one of the settings, as they are now."""
+    words = [text for name in WORDS for text in _texts(ROOT / "lib_subquad" / "webui" / name)]
+    return {"words": _digest(words), "settings": _digest([f"{name}: {option}" for name, option in OPTIONS.items()])}
+
+
+def _texts(path: Path) -> list[str]:
+    """Every text in a file that is no comment, documents nothing, and is no style sheet, which has lines."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [node.value for node in texts if id(node) not in alone and "\n" not in node.value]
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def photograph(url: str, folder: Path, chromium: str | None) -> None:
@@ -51,10 +79,12 @@ def photograph(url: str, folder: Path, chromium: str | None) -> None:
         page.wait_for_timeout(1000)
         page.locator("#settings_subquad").screenshot(path=folder / "settings.png")
         page.locator("#tabs button").get_by_text("Attention", exact=True).first.click()
-        page.click("#subquad_explain")
-        page.wait_for_selector("#subquad_answer table")
+        page.wait_for_selector("#subquad_sentence .subquad-sentence")
+        page.locator("#subquad_details_fold .label-wrap").first.click()
+        page.wait_for_selector("#subquad_details table")
         page.wait_for_timeout(500)
         page.screenshot(path=folder / "explain.png", full_page=True)
+        page.locator("#subquad_details_fold .label-wrap").first.click()
         page.click("#subquad_measure")
         page.wait_for_selector("#subquad_answer progress")
         page.wait_for_selector("#subquad_answer table", timeout=MEASURE_SECONDS * 1000)

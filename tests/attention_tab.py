@@ -149,13 +149,14 @@ def from_answer_to_undo(page, set_query_chunk: Callable[[int], None], generate: 
 
 
 def cut_off(page) -> list[str]:
-    """What of the tab is wider than its place, scrolls sideways or lies outside of the page."""
+    """What of the tab is wider than its place, scrolls sideways or lies outside of the page. Fields are left out: a
+    checkpoint's name may be longer than any."""
     return page.evaluate(
         """() => [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
             const box = it.getBoundingClientRect();
-            if (!box.width || !box.height || it.closest(".subquad-table thead, svg")) return false;
+            if (!box.width || !box.height || it.closest(".subquad-table thead, svg, .sr-only")) return false;
             if (getComputedStyle(it).visibility === "hidden") return false;
-            const wide = it.clientWidth && it.scrollWidth > it.clientWidth + 1;
+            const wide = it.tagName !== "INPUT" && it.clientWidth && it.scrollWidth > it.clientWidth + 1;
             return wide || box.left < -1 || box.right > document.documentElement.clientWidth + 1;
         }).map(it => `${it.tagName} ${it.id} ${it.className}: ${it.scrollWidth} in ${it.clientWidth}, ` +
             `${it.innerText || it.value || ""}`.slice(0, 80)).concat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -184,6 +185,14 @@ def test_markup_stays_text_and_values_are_apart_from_the_words(fused_kernel):
     html = found.sentences[0].html()
     assert html == "<bdi>a &lt;script&gt;</bdi> at <bdi>1024 × 1024</bdi> on <bdi>a &lt;b&gt;card&lt;/b&gt;</bdi>:"
     assert "<script>" in str(found)
+
+
+def test_the_words_between_values_are_the_same_whatever_these_are(fused_kernel):
+    """The web UI's localization looks them up."""
+    sizes = [" ".join(it.html() for it in told(question(side=side)).sentences) for side in (512, 1024)]
+    one, other = (re.sub("<bdi>.*?</bdi>", "<bdi>", html) for html in sizes)
+    assert sizes[0] != sizes[1] and one == other
+    assert re.split("<bdi>", one)[1:4] == [" at ", " on ", ": "]
 
 
 def test_it_needs_no_web_ui():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,31 @@ def test_every_part_of_the_library_is_in_it(picture):
 def test_an_import_that_is_there_by_way_of_another_has_no_arc(picture):
     known = {"roof": {"wall", "floor"}, "wall": {"floor", "window"}, "window": set(), "floor": set()}
     assert picture.without_detours(known) == known | {"roof": {"wall"}}
+
+
+def test_the_pictures_of_the_page_show_what_it_says():
+    """`python -m demo.pictures docs` makes them anew."""
+    from demo import pictures
+
+    noted = json.loads((ROOT / "docs" / pictures.NOTE).read_text(encoding="utf-8"))
+    assert noted == pictures.said()
+    for name in ("settings.png", "explain.png", "measure.png"):
+        assert (ROOT / "docs" / name).exists() and f"docs/{name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_words_and_other_settings_are_told_apart(monkeypatch, tmp_path):
+    from demo import pictures
+
+    before = pictures.said()
+    monkeypatch.setattr(pictures, "_texts", lambda path: ["other words"])
+    assert pictures.said()["words"] != before["words"] and pictures.said()["settings"] == before["settings"]
+    monkeypatch.setattr(pictures, "OPTIONS", {**OPTIONS, "engine": OPTIONS["upcast"]})
+    assert pictures.said()["settings"] != before["settings"]
+    (tmp_path / "words.py").write_text(
+        '"""Docs."""\nA = "one"  # "two"\ndef f():\n    "docs"\n    return f"{A} three"\n'
+    )
+    monkeypatch.undo()
+    assert pictures._texts(tmp_path / "words.py") == ["one", " three"]
 
 
 # ------------------------------------------------------------------------------------------------------- the version

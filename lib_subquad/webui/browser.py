@@ -36,7 +36,7 @@ WATCH = f"""
         const told = root.querySelector("#subquad_sentence [data-asked]");
         tries = now === again ? tries + 1 : 0;
         again = now;
-        if (told && told.dataset.asked !== now && tries < 3) press("ask");
+        if (told && told.dataset.asked !== now && tries < 20) press("ask");
     }};
     let soon;
     new MutationObserver(() => {{ clearTimeout(soon); soon = setTimeout(check, 200); }})

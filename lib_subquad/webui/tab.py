@@ -65,7 +65,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 measure = _button("measure")
                 cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
             message = gr.HTML(elem_id="subquad_message")
-            plot = gr.HTML(elem_id="subquad_plot", visible=False)
+            plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
                 details = gr.HTML(elem_id="subquad_details")
@@ -77,6 +77,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         shown = gr.State(None)  # what it was told last
         adopted = gr.State(None)  # the generation whose size it has
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
+        go = gr.Textbox(visible=False, elem_id="subquad_go")  # changes when a Measure is to wait for its turn
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
 
     question = [checkpoint, width, height, batch]
@@ -98,13 +99,13 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         on(ask.click, _look, [*question, run], looked)
         on(look.click, _look_again, [*question, run, shown], looked)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
-        asked = on(measure.click, _request, run, [result, plot, message, run, *buttons])
+        on(measure.click, _request, run, [result, plot, message, run, go, *buttons])
         measured = [result, plot, message, *buttons]
         if with_queue:
-            measuring = on(asked.then, _measure, [*question, run], measured, {})
+            measuring = on(go.change, _measure, [*question, run], measured, {})
             gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
-            measuring = on(asked.then, _measure_at_once, [*question, run], measured, {"queue": False})
+            measuring = on(go.change, _measure_at_once, [*question, run], measured, {"queue": False})
         then_look(measuring)
         then_look(on(cancel.click, _cancel, run, [message, result, gone]))
         for button, action, given in (
@@ -122,7 +123,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         tab.load(None, None, None, **{SCRIPT: browser.WATCH})
         tab.load(show, opened, tab.on_show[2], api_name=False, **quietly, **script)
 
-    for widget in (*question, payload, gone):
+    for widget in (*question, payload, go, gone):
         widget.do_not_save_to_config = True  # ui-config.json would freeze them
     return [(tab, words.TITLE, ELEMENT)]
 
@@ -213,13 +214,11 @@ def _update(state: dict[str, object]):
 def _request(before):
     run, message = LABORATORY.request(before)
     if run is before:
-        return [gr.update(), gr.update(), words.line(message), run, *[gr.update()] * 4]
+        return [gr.update(), gr.update(), words.line(message), run, *[gr.update()] * 5]
     if run.unconfirmed:
-        return [
-            gr.update(), gr.update(), words.line(message), run, gr.update(value=LABELS["anyway"]), *[gr.update()] * 3
-        ]  # fmt: skip
-    waiting = words.line(words.WAITS_FOR_ITS_TURN)
-    return [waiting, gr.update(visible=False), "", run, *map(_update, BUSY)]
+        button = gr.update(value=LABELS["anyway"])
+        return [gr.update(), gr.update(), words.line(message), run, gr.update(), button, *[gr.update()] * 3]
+    return [words.line(words.WAITS_FOR_ITS_TURN), "", "", run, str(time.monotonic_ns()), *map(_update, BUSY)]
 
 
 def _measure(*question):
@@ -228,7 +227,7 @@ def _measure(*question):
     yield [gr.update()] * 7
     for answer, run in LABORATORY.measure(*question):
         found = run.exploration
-        plot = gr.update() if found is None else gr.update(value=picture.svg(found), visible=True)
+        plot = gr.update() if found is None else picture.svg(found)
         # What Cancel said is over with the answer that comes next.
         message = "" if found or run.cancelled else gr.update()
         yield [answer, plot, message, *map(_update, BUSY)]

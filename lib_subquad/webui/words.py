@@ -37,7 +37,6 @@ LABELS = {
     "details": "Details: how each layer is computed, and why",
     "about": "About: what these words mean, and what was measured before",
     "forget": "Forget what was measured",
-    "plot": "Time against memory",
 }
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
@@ -148,7 +147,7 @@ TERMS = {
 CARDS = """ {
 .subquad-table thead {position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%)}
 .subquad-table table, .subquad-table tbody, .subquad-table td {display: block}
-.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(7em, 1fr)); gap: .5em .8em;
+.subquad-table tr {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(7em, 100%), 1fr)); gap: .5em .8em;
                    padding: .7em 0}
 .subquad-table td {padding: 0 !important}
 .subquad-table td:first-child, .subquad-table td:last-child {grid-column: 1 / -1}
@@ -179,9 +178,10 @@ CSS = f"""
 .subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
 .subquad-words dt {{font-weight: 600; margin-top: .4em}}
 .subquad-words dd {{margin-inline-start: 1em}}
-#subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb; outline-offset: 2px}}
-.dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd}}
-#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
+#subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb !important;
+                                                                    outline-offset: 1px}}
+.dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd !important}}
+#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer; padding-inline-end: .5em}}
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """

@@ -133,7 +133,7 @@ def page(loaded):
         ("subquad_ask", "click", "does not show the loaded checkpoint"),
         ("subquad_look", "click", "does not show the loaded checkpoint"),
         ("subquad_measure", "click", "Measuring begins as soon as it is its turn."),
-        ("subquad_measure", "then", "does not show the loaded checkpoint"),
+        ("subquad_go", "change", "does not show the loaded checkpoint"),
         ("subquad_cancel", "click", "Nothing is being measured on this page."),
         ("subquad_apply", "click", "Measure first: there is nothing to apply yet."),
         ("subquad_undo", "click", "There is nothing to undo."),

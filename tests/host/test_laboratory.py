@@ -238,6 +238,51 @@ def test_it_says_who_is_busy(laboratory, lock):
     assert "recommended" in finished(waiting)[0]
 
 
+def test_markup_in_a_file_or_a_setting_stays_text(laboratory, loaded, monkeypatch):
+    from dataclasses import replace
+
+    from lib_subquad.webui import models, words
+
+    evil = "<img src=x onerror=alert(1)>"
+    found = replace(models.read(None), family=evil, notes=(evil,))
+    loaded.select("subquad")
+    loaded.opts.data["subquad_engine"] = evil
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "read", lambda title: found)
+        answer, details = laboratory.look(*QUESTION)
+    refused, _ = laboratory.look(evil, 64, 64, 1)
+    for told in (
+        words.answer(answer.sentences, answer.step),
+        details,
+        laboratory.status(),
+        words.answer(refused.sentences, None),
+    ):
+        assert "<img" not in told and "&lt;img" in told
+
+
+def test_many_questions_at_once_are_answered_one_by_one(laboratory, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lib_subquad.webui import models
+
+    question, under_way, most = models.question, [], []
+
+    def counted(*given):
+        under_way.append(given)
+        most.append(len(under_way))
+        try:
+            return question(*given)
+        finally:
+            under_way.remove(given)
+
+    monkeypatch.setattr(models, "question", counted)
+    asked = [(LOADED, width, 64, 1) for width in (64, None, "x", [], 10**400, 128, 192, 256)]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        answers = list(threads.map(lambda given: str(laboratory.look(*given)[0]), asked))
+    assert max(most) == 1 and len(most) == len(asked)
+    assert [("Width is" in told) for told in answers] == [False, True, True, True, True, False, False, False]
+
+
 def test_apply_leaves_a_word_that_is_not_known_here(laboratory, loaded):
     """Automatic is in force where it stands, and recommended: there is nothing to set."""
     loaded.opts.data.update(subquad_query_chunk=1, subquad_engine="hyperformers")

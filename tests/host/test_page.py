@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from tests.host.gradio_page import Page, sentences
 
-BUTTONS = ("measure", "cancel", "apply", "undo", "forget")
+BUTTONS = ("cancel", "apply", "undo", "forget")
 LOADED = '"the loaded checkpoint"'
 GOOD = [LOADED, "64", "64", "1"]
 # Anything that JSON, as Python reads it, can say.
@@ -35,14 +35,15 @@ def test_every_event_is_known_here(page):
         *((f"subquad_{name}", "change") for name in ("checkpoint", "width", "height", "batch")),
         ("subquad_ask", "click"),
         ("subquad_look", "click"),
-        ("subquad_measure", "then then"),
-        *((f"subquad_{name}", how) for name in BUTTONS for how in ("click", "then")),
+        *((f"subquad_{name}", "click") for name in ("measure", *BUTTONS)),
+        *((f"subquad_{name}", "then") for name in ("go", *BUTTONS)),
+        ("subquad_go", "change"),
         ("tab_subquad_tab", "select"),
         *([("subquad_gone", "change")] if gr.__version__.startswith("3.") else []),
     }
 
 
-@pytest.mark.parametrize("event", [("subquad_width", "change"), ("subquad_measure", "then")], ids=" ".join)
+@pytest.mark.parametrize("event", [("subquad_width", "change"), ("subquad_go", "change")], ids=" ".join)
 @pytest.mark.parametrize("slot", range(4), ids=["checkpoint", "width", "height", "batch"])
 def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
     from lib_subquad.lab.tune import exploration
@@ -51,7 +52,7 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
     for value in ANYTHING:
         data = [*GOOD[:slot], value, *GOOD[slot + 1 :]]
         # what answers again and again needs a session in gradio 3
-        for session in ("somebody", None) if event[1] == "change" else ("somebody",):
+        for session in ("somebody", None) if event[0] == "subquad_width" else ("somebody",):
             said = sentences(page.send(*event, data, session))
             assert (
                 "must be" in said or "There is no checkpoint" in said or "layers in" in said or "Nothing fits" in said
@@ -113,11 +114,11 @@ def test_cancel_takes_a_waiting_measure_out_of_the_queue(page, monkeypatch):
     monkeypatch.setattr(LABORATORY, "_measure", lambda *question: iter([measured.append(question) or "measured"]))
     page.send("subquad_measure", "click", [], "one")
     assert "Cancelled before its turn came" in sentences(page.send("subquad_cancel", "click", [], "one"))
-    page.send("subquad_measure", "then", GOOD, "one")
+    page.send("subquad_go", "change", GOOD, "one")
     assert not measured
     page.send("subquad_measure", "click", [], "one")
     assert "Nothing is being measured" in sentences(page.send("subquad_cancel", "click", [], "other"))
-    assert "measured" in sentences(page.send("subquad_measure", "then", GOOD, "one")) and len(measured) == 1
+    assert "measured" in sentences(page.send("subquad_go", "change", GOOD, "one")) and len(measured) == 1
 
 
 def test_without_gradios_queue_it_measures_all_the_same(loaded, monkeypatch):
@@ -134,7 +135,7 @@ def test_without_gradios_queue_it_measures_all_the_same(loaded, monkeypatch):
     page = Page(blocks)
     with page.client:
         page.send("subquad_measure", "click", [], "one")
-        [answer] = page.send("subquad_measure", "then", GOOD, "one")
+        [answer] = page.send("subquad_go", "change", GOOD, "one")
     assert "recommended" in answer[0]
 
 

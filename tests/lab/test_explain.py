@@ -10,7 +10,9 @@ from lib_subquad import Settings
 from lib_subquad.checkpoint import AttentionLayer, Checkpoint, from_shapes
 from lib_subquad.console import UserError
 from lib_subquad.device import GIB
+from lib_subquad.lab import tables
 from lib_subquad.lab.explain.question import LARGEST_BATCH, Question
+from lib_subquad.lab.explain.rows import grouped
 from lib_subquad.lab.explain.sizes import LARGEST_SIDE, parse_size
 from lib_subquad.lab.explain.words import layers_in_words, size_in_words
 from tests.checkpoint import public_models
@@ -79,6 +81,55 @@ def test_a_size_that_is_computed_smaller_is_noted():
     assert question(found, 512, 768).notes == found.notes
     note = "Sizes go in steps of 8 pixels: 500 x 519 is computed as 496 x 512."
     assert question(found, 500, 519).notes == (*found.notes, note)
+
+
+def test_layers_that_share_a_plan_are_told_together(fused_kernel):
+    groups = [group.cells() for group in grouped(table("sd15", 512))]
+    assert [(it["Where"], it["Layers"], it["Tokens"], it["Heads"]) for it in groups] == [
+        ("U-Net, self", "16", "64² to 8²", "8 × 40 to 160"),
+        ("VAE, self", "2", "64²", "1 × 512"),
+        ("U-Net, cross", "16", "64² to 8², prompt 77", "8 × 40 to 160"),
+    ]
+    assert {it["At a time"] for it in groups} == {"all at once"}
+    assert groups[0]["Memory"].endswith(" at most") and not groups[1]["Memory"].endswith(" at most")
+    (joint,) = grouped(question(Checkpoint("x", layer("transformer", "joint", 57), ()), 1024).rows())
+    assert (joint.layers, joint.cells()["Tokens"]) == (57, "4352")  # of no square
+    other = [group.cells()["Heads"] for group in grouped(table("sdxl_base", 1024))]
+    assert "10 to 20 × 64" in other
+
+
+def test_what_is_computed_otherwise_is_told_apart(fused_kernel):
+    groups = [group.cells() for group in grouped(table("sd15", 512, query_chunk=512))]
+    assert {it["At a time"] for it in groups if it["Where"] == "U-Net, self"} == {"512 × all", "all at once"}
+    groups = [group.cells() for group in grouped(table("sd15", 512, kv_chunk=256))]
+    assert {"portable", "fused"} == {it["Engine"] for it in groups if it["Where"] == "U-Net, self"}
+    assert sum(int(it["Layers"]) for it in groups) == 34
+
+
+def test_notes_about_the_model_are_for_whoever_asks_about_it():
+    found = checkpoint("sd15")
+    assert any("Prompt tokens" in note for note in question(found).notes)
+    told = question(found, model=False).notes
+    assert not any("Prompt" in note or "Heads" in note for note in told)
+    assert (
+        "Sizes go in steps of 8 pixels: 500 x 512 is computed as 496 x 512."
+        in question(found, 500, 512, model=False).notes
+    )
+
+
+def test_heads_are_those_of_a_layer():
+    assert {row.cells()["Heads"] for row in table("sd15", 512) if not row.is_vae} == {"8 x 40", "8 x 80", "8 x 160"}
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 MiB"), (1, "0.1 KiB"), (12 * 1024, "12 KiB"), (2**20 // 10 + 1, "0.1 MiB"), (31 * 2**20, "31 MiB"),
+        (2**20 * 3 // 2, "1.5 MiB"), (int(123.4 * 2**20), "123 MiB"), (25 * GIB // 2, "12.5 GiB"), (None, "–"),
+    ],
+)  # fmt: skip
+def test_memory_is_told_in_a_unit_that_leaves_something_of_it(count, words):
+    assert tables.memory(count) == words
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes

@@ -82,6 +82,7 @@ class Group:
         first = self.rows[0]
         part, kind = _where(first)
         problems = [row.problem for row in self.rows]
+        told = {row.plan.workspace_bytes for row in self.rows}
         tokens = _range([_tokens(problem.queries) for problem in problems])
         cross = f", prompt {_range([str(problem.keys) for problem in problems])}" if first.kind == "cross" else ""
         return {
@@ -91,7 +92,7 @@ class Group:
             "Heads": _heads(problems),
             "Engine": first.plan.engine,
             "At a time": _at_a_time(first),
-            "Memory": f"{tables.memory(self.workspace_bytes)}" + " at most" * (len(self.rows) > 1),
+            "Memory": tables.memory(self.workspace_bytes) + " at most" * (len(told) > 1),
             "Why": "; ".join(first.plan.reasons),
         }
 
