@@ -103,6 +103,13 @@ def test_autocast(name, free):
     assert distance(found, truth) <= 1.3 * distance(usual, truth)
 
 
+def test_a_layer_that_leaves_autocasts_dtype():
+    made, x = half("decoder", give_pre_end=True), given("decoder")
+    made.up[1].upsample.register_forward_hook(lambda layer, given, output: output.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_bands(made, x, free_bytes=ROOMY).dtype == made(x).dtype == torch.bfloat16
+
+
 @both
 def test_inference_mode(name):
     made, x = half(name), given(name)
