@@ -159,7 +159,7 @@ class Exploration:
     def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial | None]:
         """Trials of these settings from new measurements alone, in rounds that alternate between them; None for what
         ran out of memory."""
-        again = Exploration(self.rows, self.settings, self.device, self.free_bytes, _finalists=list(chosen))
+        again = type(self)(self.rows, self.settings, self.device, self.free_bytes, _finalists=list(chosen))
         for _ in range(repeats):
             calls = again._round()
             for problem, plan in calls:
