@@ -75,7 +75,9 @@ def test_the_demo_speaks_on_a_console_of_code_page_1252(tmp_path):
     assert b"\\u81ea\\u52d5.png: made with subquad" in done.stdout and output.exists()
 
 
-@pytest.mark.parametrize("module", ["demo.__main__", "demo.pictures", "tools.images", "tools.picture", "tools.soak"])
+@pytest.mark.parametrize(
+    "module", ["demo.__main__", "demo.pictures", "tools.busy", "tools.images", "tools.picture", "tools.soak"]
+)
 def test_every_option_has_help_and_tells_its_default(module, host, documented):
     documented(importlib.import_module(module).main)
 

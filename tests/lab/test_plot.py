@@ -153,6 +153,26 @@ def test_a_verdict_is_that_of_the_table(empty):
     assert same.remarks(same.today()) == ["no clear difference"]
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0.5, 2.0), st.floats(1.0, 1.5), st.booleans()), min_size=2, max_size=5))
+def test_a_verdict_says_of_todays_setting_what_the_table_says(empty, found):
+    """Of (seconds, how much longer the slowest round takes, whether it fits)."""
+    exploration = explored(empty, *((its, MIB, fits) for its, _, fits in found))
+    spread = [
+        replace(trial, fastest_seconds=its).in_rounds(its * (1 + (by - 1) * n / ROUNDS) for n in range(ROUNDS))
+        for trial, (its, by, _) in zip(explored(empty, *((its, MIB, fits) for its, _, fits in found)).trials, found)
+    ]
+    exploration._judgement = judged(spread, next((it for it in spread if it.settings == Settings()), None))
+    exploration.trials = list(exploration._judgement.trials)
+    verdict, best, today = results.verdict(exploration), exploration.recommended(), exploration.today()
+    remarks = exploration.remarks(today)
+    assert (f"whether it is faster than yours, {today.label}" in verdict) <= ("too unsteady to tell" in remarks)
+    assert ("as fast within" in verdict) <= (remarks == ["no clear difference"])
+    assert ("is the best one here" in verdict) <= (today is best)
+    if ratio := re.search(r"([\d.]+) times as fast", verdict):
+        assert float(ratio[1]) > 1 and remarks == [] and best.seconds < today.seconds
+
+
 # ------------------------------------------------------------------------------------------------------------ progress
 
 

@@ -138,10 +138,10 @@ class Exploration:
         """What a table says of a trial beside the recommended one."""
         best = self.recommended()
         beside = best is not None and trial.rounds and trial is not best and trial.fits
-        unclear = any(trial is other for other in self.undecided())
+        faster = (trial.faster_than(best), best.faster_than(trial)) if best is not None and beside else ()
         said = (
-            ("too unsteady to tell", beside and unclear),
-            ("no clear difference", beside and not unclear and best and not best.faster_than(trial)),
+            ("too unsteady to tell", None in faster),
+            ("no clear difference", faster == (False, False)),
             ("over the memory limit", not trial.fits),
             ("inexact", trial.settings.engine in order.inexact()),
         )
@@ -159,7 +159,7 @@ class Exploration:
     def measured_again(self, chosen: Sequence[Settings], repeats: int) -> list[Trial | None]:
         """Trials of these settings from new measurements alone, in rounds that alternate between them; None for what
         ran out of memory."""
-        again = Exploration(self.rows, self.settings, self.device, self.free_bytes, _finalists=list(chosen))
+        again = type(self)(self.rows, self.settings, self.device, self.free_bytes, _finalists=list(chosen))
         for _ in range(repeats):
             calls = again._round()
             for problem, plan in calls:
