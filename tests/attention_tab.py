@@ -18,7 +18,13 @@ class AttentionTab:
 
     def open(self, side: int | None = None) -> AttentionTab:
         """Bring it to the front, and ask about an image of side x side pixels."""
-        self.page.locator("#tabs button").get_by_text("Attention", exact=True).first.click()
+        title = self.page.locator("#tabs button").get_by_text("Attention", exact=True).first
+        if self.page.locator("#subquad_page").is_visible():
+            title.click()
+        else:  # it brings the size that was used last
+            with self.page.expect_response(lambda answer: "/run/predict" in answer.url):
+                title.click()
+            self.page.wait_for_timeout(200)
         self.page.wait_for_selector(f"{SENTENCE} .subquad-sentence")
         if side is not None:
             for name in ("width", "height"):

@@ -9,12 +9,12 @@ from tests.attention_tab import set_number, wait_for
 SLOW = 120_000  # milliseconds; a test machine may be busy
 
 
-def open_page(browser, server, **options):
+def open_page(browser, server, path: str = "", **options):
     """A page of this server, all drawn; the server is kept as `page.server`."""
     page = browser.new_page(**options)
     page.set_default_timeout(SLOW)
     page.server = server
-    page.goto(server.url, wait_until="domcontentloaded")
+    page.goto(server.url + path, wait_until="domcontentloaded")
     page.wait_for_selector("#txt2img_generate")
     return page
 

@@ -75,7 +75,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
         run = gr.State(None)  # this page's own
         shown = gr.State(None)  # what it was told last
-        adopted = gr.State(None)  # the generation whose size it has
+        adopted = gr.State(None)  # which size it was given last, and of which generation
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
         go = gr.Textbox(visible=False, elem_id="subquad_go")  # changes when a Measure is to wait for its turn
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
@@ -170,14 +170,13 @@ def _open(*given):
     the sliders of the web UI's page stand at."""
     *question, run, adopted, sliders = given
     title, *typed = question
-    generation, used = status.generation(), None
-    if generation.images is not None and generation.number != adopted:
-        used, adopted = generation.images, generation.number
-    elif adopted is None:
-        used, adopted = _as_sliders(sliders), 0
+    generation = status.generation()
+    images = generation.images or _as_sliders(sliders)
+    last = (generation.number if generation.images else 0, images)
+    used = images if last != adopted else None
     found = _look(title, *(used or typed), run)
     # What was typed while this was on its way stays.
-    return [*found, gr.update(choices=models.titles()), *(used or [gr.update()] * len(typed)), adopted]
+    return [*found, gr.update(choices=models.titles()), *(used or [gr.update()] * len(typed)), last]
 
 
 def _as_sliders(sent: object) -> status.Images | None:

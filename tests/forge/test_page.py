@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib_subquad.settings import OPTIONS
-from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, wait_for
+from tests.attention_tab import DETAILS, SENTENCE, AttentionTab, cut_off, from_answer_to_undo, wait_for
 from tests.forge.conftest import FARTHEST, USES
 from tests.forge.models import CALLS
 from tests.pages import generate, open_page, open_section, open_tab, set_query_chunk
@@ -103,8 +103,10 @@ def test_the_tab_says_that_it_is_off_and_what_to_do(page, server):
     tab = AttentionTab(page).open(side=512)
     tab.wait_for("#subquad_status", "subquad is not active: the web UI uses")
     tab.wait_for("#subquad_status", "The last image was made without subquad.")
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
+    tab.wait_for(SENTENCE, "subquad is not active: the web UI uses")
+    tab.unfold()
+    tab.wait_for(DETAILS, "attention layers in the U-Net")
+    assert "Set “Use subquad”" in tab.sentence and cut_off(page) == []
 
 
 @pytest.mark.parametrize(
@@ -142,9 +144,9 @@ def plot(server, label: str, values: str) -> dict:
     return server.call("/sdapi/v1/txt2img", {**request, "script_name": XYZ, "script_args": arguments})
 
 
-def test_from_explain_to_undo(page, server):
+def test_from_answer_to_undo(page, server):
     server.use("everything")
-    from_explain_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page, steps=1))
+    from_answer_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page, steps=1))
     assert server.options()["subquad_query_chunk"] == 1
     server.options(subquad_query_chunk=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import gradio as gr
 import pytest
@@ -83,6 +84,39 @@ def test_the_tab_asks_anew_when_it_is_shown(page, loaded):
     assert "subquad is active" in sentences(page.send("tab_subquad_tab", "select", [], "somebody"))
     loaded.select("sdp")
     assert "subquad is not active" in sentences(page.send("tab_subquad_tab", "select", [], "somebody"))
+
+
+def test_the_size_that_was_used_last_is_asked_about(page, loaded):
+    """That of the page's sliders, as long as there was no image; what was typed stays until another was used."""
+    from lib_subquad.webui import status
+
+    def told(sliders):
+        sent = [*GOOD, "null", "null", json.dumps(sliders)]
+        return sentences(page.send("tab_subquad_tab", "select", sent, "somebody"))
+
+    loaded.select("subquad")
+    for sliders in ("nonsense", "[1e999, 1, 1]", "[null, null, null]", "{}", "3"):
+        assert "at <bdi>64 × 64</bdi> on" in told(sliders)
+    assert "at <bdi>2</bdi> images of <bdi>192 × 256</bdi> on" in told("[192, 256, 2]")
+    assert "at <bdi>64 × 64</bdi> on" in told("[192, 256, 2]")
+    status.begin(status.Images(320, 128, 1))
+    assert "at <bdi>320 × 128</bdi> on" in told("[192, 256, 2]")
+    assert "at <bdi>64 × 64</bdi> on" in told("[512, 512, 2]")
+
+
+def test_an_infotext_of_any_request_leaves_a_size_or_none(loaded):
+    from types import SimpleNamespace
+
+    from lib_subquad.webui import status
+
+    for given, images in (
+        ({"width": 64, "height": 128, "batch_size": 2}, (64, 128, 2)),
+        ({"width": None, "height": "x", "batch_size": 2}, None),
+        ({}, None),
+    ):
+        before = status.generation().number
+        loaded.infotext.begin(SimpleNamespace(extra_generation_params={}, **given))
+        assert (status.generation().images, status.generation().number) == (images, before + 1)
 
 
 def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):

@@ -6,14 +6,11 @@ import threading
 
 import pytest
 
-from tests.attention_tab import ANSWER, AttentionTab, from_explain_to_undo, hidden_columns
-from tests.pages import generate, open_page, set_query_chunk
+from tests.accessibility import violations
+from tests.attention_tab import ANSWER, DETAILS, SENTENCE, AttentionTab, cut_off, from_answer_to_undo
+from tests.pages import generate, open_page, set_number, set_query_chunk
 
 TITLE = "subquad - fast attention within a memory limit"
-WIDEST = """() => Math.max(
-    ...[...document.querySelectorAll("#tab_subquad_tab *")]
-        .map(element => element.getBoundingClientRect().right)
-)"""
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +21,8 @@ def page(webui, browser):
         assert "Traceback" not in server.log
 
 
-def test_from_explain_to_undo(page):
-    from_explain_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page))
+def test_from_answer_to_undo(page):
+    from_answer_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page))
     assert page.server.options()["subquad_query_chunk"] == 1
     set_query_chunk(page, 0)
 
@@ -37,19 +34,38 @@ def test_the_checkpoints_are_those_of_the_web_ui(page):
     options.nth(1).wait_for()
     assert "tiny-sd1.safetensors" in options.nth(1).inner_text()
     options.nth(1).click()
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert "4096" in page.locator(f"{ANSWER} tbody tr").first.inner_text()
+    tab.wait_for(SENTENCE, "at 512 × 512 on")
+    tab.unfold()
+    tab.wait_for(DETAILS, "attention layers in the U-Net")
+    assert "64²" in page.locator(f"{DETAILS} tbody tr").first.inner_text()
 
 
-def test_measuring_refuses_while_an_image_is_made(page):
+def test_the_sliders_of_the_page_are_asked_about_before_the_first_image(webui, browser):
+    """And whoever opens the tab without subquad, or without a model, is told what to do."""
+    with webui.running() as server:
+        page = open_page(browser, server)
+        set_number(page, "txt2img_width", 192)
+        tab = AttentionTab(page).open()
+        tab.wait_for(SENTENCE, "subquad is not active: the web UI uses")
+        assert "Select" in tab.sentence and tab.size == ("192", "512")
+        server.select(TITLE)
+        tab.wait_for(SENTENCE, "at 192 × 512 on")  # without a click
+        page.close()
+
+
+def test_whoever_makes_others_wait_is_asked_first(page):
+    """And waits until the image is made."""
     making = threading.Thread(target=page.server.generate, kwargs={"width": 512, "height": 512, "steps": 20})
     making.start()
     page.wait_for_timeout(1000)
     assert making.is_alive()
-    tab = AttentionTab(page).open(side=256)
+    tab = AttentionTab(page).open(side=64)
     tab.click("measure")
-    tab.wait_for(ANSWER, "An image is being made: measure when it is done.")
+    tab.wait_for("#subquad_message", "Others use this web UI now: an image is being made.")
+    tab.wait_for("#subquad_measure", "Measure all the same")
+    tab.click("measure")
+    tab.wait_for(ANSWER, "An image is being made: measuring begins when it is done.")
+    tab.wait_for(f"{ANSWER} table", "recommended")
     making.join()
 
 
@@ -60,9 +76,8 @@ def test_another_page_is_told_who_is_busy(page):
     other = open_page(page.context.browser, page.server)
     others = AttentionTab(other).open(side=64)
     others.click("measure")
-    others.wait_for(ANSWER, "Another page is measuring: measure when it is done.")
-    others.click("cancel")
-    others.wait_for("#subquad_message", "Nothing is being measured on this page.")
+    others.wait_for("#subquad_message", "Others use this web UI now: another page measures or is about to.")
+    others.wait_for_buttons("measure")
     other.close()
     assert page.locator(f"{ANSWER} progress").count()
     tab.click("cancel")
@@ -85,13 +100,17 @@ def test_an_image_waits_while_measuring(page):
     assert len(images) == 1
 
 
-def test_it_reads_on_a_phone(page):
-    phone = open_page(page.context.browser, page.server, viewport={"width": 390, "height": 800})
-    tab = AttentionTab(phone).open(side=512)
-    tab.click("explain")
-    tab.wait_for(ANSWER, "attention layers in the U-Net")
-    assert phone.evaluate(WIDEST) <= 390 and hidden_columns(phone) == []
-    phone.close()
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_it_reads_at_every_width_and_for_everyone(page, width, theme):
+    opened = open_page(
+        page.context.browser, page.server, f"/?__theme={theme}", viewport={"width": width, "height": 800}
+    )
+    tab = AttentionTab(opened).open(side=512)
+    tab.unfold()
+    tab.wait_for(DETAILS, "attention layers in the U-Net")
+    assert cut_off(opened) == [] and violations(opened) == []
+    opened.close()
 
 
 def test_without_gradios_queue(webui, browser):
