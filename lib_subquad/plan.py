@@ -20,13 +20,13 @@ from .settings import Settings, check_settings, shown
 class Plan:
     """How one call is computed.
 
-    `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all where keys are not split);
-    `workspace_bytes` is the most that a call allocates beside its output (recomputing gradients takes up to three times
-    that, beside the gradients). `reasons` says in words why this engine, and
-    which sliders were overruled; `retries` how often sizes were halved after an out-of-memory. `keeps_scores`: they are
-    kept for the backward pass rather than recomputed in it. `reruns`: an inexact engine's result was of no use, and an
-    exact one did the call. `measured`: by which measurement it is faster than in the way that the fixed order would
-    have taken; None where that is this one.
+    `query_chunk` and `kv_chunk` are in tokens, `head_chunk` in heads scored at a time (all where keys are not split; if
+    an entry of the batch has fewer, one head of several). `workspace_bytes` is the most that a call allocates beside
+    its output (recomputing gradients takes up to three times that, beside the gradients). `reasons` says in words why
+    this engine, and which sliders were overruled; `retries` how often sizes were halved after an out-of-memory.
+    `keeps_scores`: they are kept for the backward pass rather than recomputed in it. `reruns`: an inexact engine's
+    result was of no use, and an exact one did the call. `measured`: by which measurement it is faster than in the way
+    that the fixed order would have taken; None where that is this one.
 
     Example:
         >>> import torch

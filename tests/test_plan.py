@@ -299,7 +299,9 @@ def test_any_plan(call):
     made, problem = plan(*arguments, free_bytes=free, **more), Problem.from_shapes(*arguments[:-1], **more)
     limit = free * settings.memory_limit // 100
     assert 1 <= made.query_chunk <= problem.queries or not problem.queries
-    assert 1 <= made.kv_chunk <= problem.keys and (1 <= made.head_chunk <= problem.heads or not problem.heads)
+    assert 1 <= made.kv_chunk <= problem.keys and (
+        1 <= made.head_chunk <= max(problem.heads, problem.batch) or not problem.heads
+    )
     assert made.workspace_bytes == order.named(made.engine).workspace_bytes(problem, made.sizes) >= 0
     words = " ".join(made.reasons)
     if made.workspace_bytes > limit:
@@ -333,6 +335,7 @@ SHAPES = [  # batch, heads, queries, keys, width, value width
     (1, 1, 700, 700, 512, 512),
     (3, 4, 513, 300, 160, 32),
     (1, 12, 700, 500, 64, 64),
+    (600, 2, 24, 20, 64, 48),  # heads of many entries at a time
 ]
 DTYPES = [  # of query and key, of value, upcast
     (torch.float32, torch.float32, "web UI"),

@@ -22,8 +22,8 @@ from ..settings import Settings, shown
 
 
 class Sizes(NamedTuple):
-    """How much of a problem is scored at a time: queries, keys and heads. No queries where the problem has none; its
-    gradients are asked for all the same."""
+    """How much of a problem is scored at a time: queries, keys and heads, of one entry of the batch or of several. No
+    queries where the problem has none; its gradients are asked for all the same."""
 
     queries: int
     keys: int

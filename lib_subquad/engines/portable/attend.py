@@ -18,7 +18,7 @@ from ...problem import Problem
 from ...tensors import new_output, rows_of
 from ..base import Sizes
 from . import workers
-from .sizes import Group, Piece, pieces, shares
+from .sizes import Group, Piece, pieces, shares, sides
 
 Part = tuple[Tensor, Tensor, Tensor | None]  # keys, values and their mask
 
@@ -169,7 +169,8 @@ def scaled(query: Tensor, scale: float) -> Tensor:
 
 def score_buffer(query: Tensor, key: Tensor, sizes: Sizes) -> Tensor:
     """Room for the scores of one tile, flat."""
-    rows = min(sizes.queries, query.shape[-2]) * min(sizes.heads, query.shape[1])
+    beside, _ = sides(query.shape[0], query.shape[1], sizes.heads)
+    rows = min(sizes.queries, query.shape[-2]) * min(sizes.heads, beside)
     return query.new_empty(rows * min(sizes.keys, key.shape[-2]), dtype=devices.compute_dtype(query.dtype))
 
 
@@ -180,9 +181,8 @@ def shaped(buffer: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 def group_of(mask: Tensor, index: Group) -> Tensor:
     """The part [heads or 1, queries or 1, keys or 1] of a mask that belongs to a group of heads."""
-    entry, heads = index
-    mask = mask[0 if mask.shape[0] == 1 else entry]
-    return mask if mask.shape[0] == 1 else mask[heads]
+    its: list[int | slice] = [slice(None) if size == 1 else some for size, some in zip(mask.shape, index)]
+    return mask[tuple(its)].flatten(0, -3)
 
 
 def key_parts(key: Tensor, value: Tensor, mask: Tensor | None, size: int) -> Iterator[Part]:
