@@ -60,7 +60,7 @@ def test_operators_do_not_grow_with_the_batch(shape, masked, grad):
             if grad:
                 torch.autograd.grad(output, given, torch.ones_like(output))
         counts.append(counted.operators)
-    assert max(counts) <= min(counts) + heads, counts  # a view may be the tensor itself
+    assert max(counts) <= min(counts) + 3 * heads, counts  # a view may be the tensor itself
 
 
 @pytest.mark.parametrize("grad", [False, True])
