@@ -37,6 +37,7 @@ class AttentionTab:
         if not inside.is_visible():
             self.page.locator(f"#subquad_{fold} .label-wrap").first.click()
         inside.wait_for(state="visible")
+        self.page.wait_for_timeout(400)  # its arrow turns
 
     def buttons(self) -> dict[str, str]:
         """What is written on each button that can be pressed, by its name."""

@@ -181,7 +181,9 @@ CSS = f"""
 #subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb !important;
                                                                     outline-offset: 1px}}
 .dark #subquad_page :is(button, input, [role=button]):focus-visible {{outline-color: #93c5fd !important}}
-#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer; padding-inline-end: .5em}}
+#subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
+#subquad_page .label-wrap .icon {{flex: none; width: 1.5em; height: 1.5em; line-height: 1.5em;
+                                  text-align: center}}  /* a square, which takes no more room when it is turned */
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """
