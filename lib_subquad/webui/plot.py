@@ -54,8 +54,9 @@ CSS = """
 .subquad-plot .subquad-value {visibility: hidden; font-weight: 600; paint-order: stroke; stroke-width: 5px;
                               stroke: var(--background-fill-primary, Canvas)}
 .subquad-plot g:hover > .subquad-value {visibility: visible}
-.subquad-plot ul {display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; margin: 0 0 8px -52px; padding: 0}
-.subquad-plot li {display: flex; gap: 8px; align-items: center; margin: 0}
+.subquad-plot ul {display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; margin: 8px 0 8px -52px; padding: 0}
+.subquad-plot li {display: flex; gap: 8px; align-items: center; margin: 0; max-width: 100%}
+.subquad-plot li span {min-width: 0; overflow-wrap: anywhere}
 .subquad-plot li svg {flex: none}
 .subquad-plot p {margin: 8px 0 2px -52px}
 </style>
