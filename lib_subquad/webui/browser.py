@@ -41,7 +41,7 @@ WATCH = f"""
     let soon;
     new MutationObserver(() => {{ clearTimeout(soon); soon = setTimeout(check, 200); }})
         .observe(root.querySelector("#subquad_sentence"), {{childList: true, subtree: true}});
-    for (const name of ["sentence", "message"]) {{
+    for (const name of ["sentence", "message", "forgotten"]) {{
         const it = root.querySelector(`#subquad_${{name}}`);
         if (it) it.setAttribute("aria-live", "polite");
     }}

@@ -14,6 +14,7 @@ from .. import device as devices
 from ..console import UserError
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import TUNED
+from ..plan import goes_by_measurements
 from . import measuring, models, options, results, status, words
 from .answer import Answer, answer
 from .hosts import host
@@ -229,7 +230,8 @@ class Laboratory:
             host().lock().release()
         if not count:
             return "Nothing has been measured on this device.", {}
-        return f"Forgotten: {status.counted(count, 'kind', 'kinds')} of calls. From now on rules decide again.", {}
+        then = words.MEASURED_AGAIN if goes_by_measurements(host().settings()) else words.RULES_DECIDE
+        return str(Said(words.FORGOTTEN, kinds=status.counted(count, "kind", "kinds"), then=then)), {}
 
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""

@@ -132,7 +132,7 @@ def _in_words(found: Mapping[Class, Found], asked: int, rows: Iterable[Row]) -> 
     if not told:
         told.append("nothing is faster than what rules take" if found else "nothing could be told, so rules decide")
     if 0 < len(found) < asked:
-        told.append(f"there was no time for {asked - len(found)} of {asked} kinds of calls")
+        told.append(f"there was no time for {asked - len(found)} of {asked} kinds of calls, which go on by rules")
     return "; ".join(told)
 
 

@@ -72,6 +72,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             with gr.Accordion(LABELS["about"], open=False, elem_id="subquad_about"):
                 gr.HTML(words.line(words.INTRODUCTION) + words.glossary() + words.line(words.FORGETTING))
                 forget = _button("forget")
+                forgotten = gr.HTML(elem_id="subquad_forgotten")  # where the button is: the message is far above
             ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
         run = gr.State(None)  # this page's own
         shown = gr.State(None)  # what it was told last
@@ -108,12 +109,12 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             measuring = on(go.change, _measure_at_once, [*question, run], measured, {"queue": False})
         then_look(measuring)
         then_look(on(cancel.click, _cancel, run, [message, result, gone]))
-        for button, action, given in (
-            (apply, LABORATORY.apply, run),
-            (undo, LABORATORY.undo, None),
-            (forget, LABORATORY.forget, None),
+        for button, action, given, told in (
+            (apply, LABORATORY.apply, run, message),
+            (undo, LABORATORY.undo, None, message),
+            (forget, LABORATORY.forget, None, forgotten),
         ):
-            done = on(button.click, _and_tell(action), given, [message, payload])
+            done = on(button.click, _and_tell(action), given, [told, payload])
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
         opened = [*question, run, adopted, payload]

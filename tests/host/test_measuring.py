@@ -352,7 +352,8 @@ def test_forgetting(data_folder, measured, loaded):
     with call_queue.queue_lock:
         assert LABORATORY.forget() == ("An image is being made: forget when it is done.", {})
     message, moved = LABORATORY.forget()
-    assert message == f"Forgotten: {kinds} kinds of calls. From now on rules decide again." and moved == {}
+    assert message == f"Forgotten: {kinds} kinds of calls. They are measured again before the next image."
+    assert moved == {}
     assert call_queue.queue_lock.acquire(blocking=False)
     call_queue.queue_lock.release()
     assert not json.loads((data_folder / file.NAME).read_text(encoding="utf-8"))["machines"]

@@ -132,7 +132,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_table(path):
     def write() -> None:
         while True:
             for count in range(1, most + 1):
-                file._change(path, lambda table, count=count: Table({HERE: some(count)}))
+                file._change(path, lambda table, count=count: Table({HERE: some(count)}), "")
 
     left = 0
     for _ in range(100):
@@ -226,6 +226,27 @@ def not_kept(path, caplog, why: str) -> None:
     for number in range(2):
         assert not file.add(path, HERE, some(1, first=number)) and order.table().found(HERE, calls(number))
     assert lines(caplog) == [f"[subquad] what was measured is not kept: {path.name} cannot be written ({why})"]
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"CLIP_stop_at_last_layers": 2}', b"once upon a time", b"\xff\x00", b'{"format": 99}']
+)
+def test_a_file_of_another_program_stays_as_it_is(tmp_path, caplog, content):
+    """Whoever names one for a table has made a mistake."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    assert file.read(path) == Table()
+    order.go_by(Table())
+    assert file.forget(path) is False and file.forget(path, HERE) is False and file.add(path, HERE, some(1)) is False
+    assert path.read_bytes() == content
+    assert "is no file of measurements, and stays as it is" in lines(caplog)[-1]
+
+
+def test_where_there_is_nothing_to_forget_nothing_is_written(path):
+    order.go_by(Table())
+    assert file.forget(path) and file.forget(path, HERE) and not list(path.parent.iterdir())
+    path.write_text("broken", encoding="utf-8")
+    assert file.forget(path) and path.read_text(encoding="utf-8") == "broken"
 
 
 @pytest.mark.parametrize("function", ["write", "fsync", "replace"])

@@ -130,7 +130,7 @@ def test_plan_goes_by_it(main, path, checkpoint):
         file.read(path).with_found(order.machine(CPU), {calls: Found(LAST, 128, 128, 1.3)}).to_json(), encoding="utf-8"
     )
     status, told = main("--checkpoint", checkpoint, "--size", "256", name="plan")
-    (row,) = [line for line in told.splitlines() if "U-Net, self" in line and "16 x 40" in line]
+    (row,) = [line for line in told.splitlines() if "U-Net, self" in line and "8 x 40" in line]
     assert status == 0 and "measured on this device: 1.30 times as fast" in row and " 128 " in row
     path.unlink()
     assert "measured on" not in main("--checkpoint", checkpoint, "--size", "256", name="plan")[1]
@@ -218,7 +218,8 @@ def test_without_platformdirs_it_asks_for_a_file(monkeypatch, capsys):
     assert command_line.main(["order"]) == 2
     said = capsys.readouterr().err
     assert said == (
-        "order: platformdirs, which knows where your cache folder is, is not installed: name a --table FILE\n"
+        "order: platformdirs, which knows where your cache folder is, is not installed: add --table FILE (the web UI's "
+        "own is subquad_measured.json in its data folder), or: pip install platformdirs\n"
     )
 
 
@@ -226,7 +227,7 @@ def test_without_platformdirs_plan_and_lab_work_all_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     kept.load(SimpleNamespace(table=None))
     told = kept.add(SimpleNamespace(table=None), order.machine(CPU), {CALLS: Found(LAST)})
-    assert told.startswith("What was measured is not kept: platformdirs") and told.endswith("name a --table FILE.")
+    assert told.startswith("What was measured is not kept: platformdirs") and told.endswith("pip install platformdirs.")
 
 
 def test_the_cache_folder_is_the_users(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from ...engines.table import Class, Found, Machine
 from ..measured import file
 
 MISSING = "platformdirs, which knows where your cache folder is, is not installed"
+INSTEAD = f"add --table FILE (the web UI's own is {file.NAME} in its data folder), or: pip install platformdirs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,4 +46,4 @@ def add(arguments: argparse.Namespace, machine: Machine, found: Mapping[Class, F
     kept = file.add(its, machine, found)
     if kept:
         return f"Kept in {its}: automatic goes by it, and `python -m lib_subquad order` shows it."
-    return f"What was measured is not kept: {'see above' if its else f'{MISSING}; name a --table FILE'}."
+    return f"What was measured is not kept: {'see above' if its else f'{MISSING}; {INSTEAD}'}."

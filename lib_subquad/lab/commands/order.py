@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     path = kept.path(arguments)
     if path is None:
-        raise UserError(f"{kept.MISSING}: name a --table FILE")
+        raise UserError(f"{kept.MISSING}: {kept.INSTEAD}")
     if arguments.forget and arguments.checkpoint:
         raise UserError(f"--forget and {MEASURE} are two things: give one of them")
     file.load(path)

@@ -44,26 +44,35 @@ def load(path: Path) -> Table:
 
 def add(path: Path | None, machine: Machine, found: Mapping[Class, Found]) -> bool:
     """Go by this too, and keep it in the file, if there is one to be; whether it is kept."""
-    return _change(path, lambda table: table.with_found(machine, found))
+    return _change(path, lambda table: table.with_found(machine, found), "what was measured is not kept")
 
 
 def forget(path: Path | None, machine: Machine | None = None) -> bool:
     """Go by the fixed rules again, on this machine or on all, and forget what was measured there; whether the file has
     forgotten it."""
-    return _change(path, lambda table: table.without(machine) if machine is not None else Table())
+
+    def without(table: Table) -> Table:
+        return Table() if machine is None else table.without(machine)
+
+    return _change(path, without, "nothing is forgotten for good")
 
 
-def _change(path: Path | None, change: Callable[[Table], Table]) -> bool:
+def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str) -> bool:
     order.go_by(change(order.table()))
     if path is None:
         return False
     try:
+        if change(Table()) == Table() and not path.exists():  # nothing to forget, and no folder is made for that
+            return True
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
             _tidy(path)
-            _write(path, change(_read(path)))
+            before = _read(path, to_replace=True)
+            after = change(before)
+            if before.machines or after.machines:
+                _write(path, after)
     except OSError as error:
-        _warn_once(f"[subquad] what was measured is not kept: {path.name} cannot be written ({_why(error)})")
+        _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({_why(error)})")
         return False
     return True
 
@@ -77,11 +86,12 @@ def read(path: Path) -> Table:
     return Table()
 
 
-def _read(path: Path) -> Table:
+def _read(path: Path, to_replace: bool = False) -> Table:
     """What it holds; nothing where it is broken.
 
     Raises:
-        OSError: it is there, and cannot be read: whoever wrote it anew would take away what it holds.
+        OSError: it is there, and cannot be read, or it is to be replaced and is another program's: whoever wrote it
+            anew would take away what it holds.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would wait for its writer
@@ -93,7 +103,12 @@ def _read(path: Path) -> Table:
         return Table()
     except ValueError as error:
         why = "it is no text" if isinstance(error, UnicodeDecodeError) else error
-        _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {why}")
+        if path.name == NAME:
+            _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {why}")
+        elif to_replace and content.strip():
+            raise OSError("it is no file of measurements, and stays as it is") from error
+        else:
+            _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {why}")
     return Table()
 
 

@@ -10,6 +10,7 @@ from .trials import WORTH_CHANGING, Trial
 
 # Less than this is nothing to speak of: of the processors, and beyond what repeated calls take at best.
 SHARE, LONGER = 0.1, 1.1
+MANY = 10  # times as long
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Disturbance:
     longer: float = 1.0
     difference: float | None = None
 
+    def _how_many(self) -> str:
+        """What one short call lost to another program is no measure of the others."""
+        return f"about {self.longer:.1f}" if self.longer < MANY else "many"
+
     def sentence(self, past: bool) -> str:
         """In words; empty where nothing disturbed it."""
         if self.longer < LONGER and (self.share or 0.0) < SHARE:
@@ -31,9 +36,7 @@ class Disturbance:
         verb = ("took" if past else "take") if busy else ("slowed it" if past else "slows it")
         were = "were" if past else "are"
         so = (
-            f"times {were} about {self.longer:.1f} times as long"
-            if self.longer >= LONGER
-            else f"times {were} hardly longer"
+            f"times {were} {self._how_many()} times as long" if self.longer >= LONGER else f"times {were} hardly longer"
         )
         if self.difference is None:
             return f"{who} {verb}{busy}: {so}."
