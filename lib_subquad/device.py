@@ -437,12 +437,7 @@ def give_back_freed_memory() -> None:
     """glibc keeps what was freed, and what it keeps would pass for memory that is in use."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            _libc().malloc_trim(0)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -111,7 +111,8 @@ def test_other_words_and_other_settings_are_told_apart(monkeypatch, tmp_path):
     monkeypatch.setattr(pictures, "OPTIONS", {**OPTIONS, "engine": OPTIONS["upcast"]})
     assert pictures.said()["settings"] != before["settings"]
     (tmp_path / "words.py").write_text(
-        '"""Docs."""\nA = "one"  # "two"\ndef f():\n    "docs"\n    return f"{A} three"\n'
+        '"""Docs."""\nA = "one"  # "two"\ndef f():\n    "docs"\n    return f"{A} three"\n',
+        encoding="utf-8",
     )
     monkeypatch.undo()
     assert pictures._texts(tmp_path / "words.py") == ["one", " three"]

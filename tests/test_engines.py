@@ -481,8 +481,10 @@ def test_words_for_the_user_may_name_engines():
     assert not names_of_engines(f"'''{order.names()[0]} is fastest; {order.names()[-1]} runs everywhere'''")
 
 
-# The web UIs' own optimizations of these names; what a report says is installed and switched on, and a device has.
+# The web UIs' own optimizations of these names; what a report says is installed and switched on, and a device has; what
+# the tab's first sentence calls kernels that everybody knows.
 OTHERS = {
+    "webui/words.py": {"fused", "padded", "cudnn", "xformers", "flash-attn", "sage"},
     "webui/hosts/base.py": {"xformers", "sage"},
     "lab/survey/facts.py": {"xformers", "flash-attn", "cudnn"},
     "device.py": {"cudnn"},

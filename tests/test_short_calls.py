@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib_subquad import Settings, attention, plan
+from lib_subquad import Settings, attention, memory, plan
 from lib_subquad import device as devices
 from lib_subquad.engines import portable
 from lib_subquad.problem import Problem
@@ -110,6 +110,7 @@ def test_they_stay_inside_the_memory_limit(monkeypatch, peak_bytes, shape):
     expected, sizes = attention(*given, settings=PORTABLE), []
     for free in (64 << 20, 4 << 20, 2 << 20):
         monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
+        memory.forget()
         made = []
         settings = Settings(engine="portable", memory_limit=100)
         peak = peak_bytes(lambda: attention(*given, settings=settings, report=made.append))  # noqa: B023

@@ -259,4 +259,5 @@ def test_processor_seconds_need_sysconf(monkeypatch, tmp_path):
     stat.write_text("cpu 1 2 3 4 5 6 7 8 9\n", encoding="utf-8")
     monkeypatch.setattr(builtins, "open", lambda path, *more: real(stat if path == "/proc/stat" else path, *more))
     monkeypatch.delattr(os, "sysconf", raising=False)
+    monkeypatch.setitem(sys.modules, "psutil", None)  # which is asked next
     assert machine.processor_seconds() is None

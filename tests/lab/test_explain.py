@@ -124,7 +124,7 @@ def test_heads_are_those_of_a_layer():
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        (0, "0 MiB"), (1, "0.1 KiB"), (12 * 1024, "12 KiB"), (2**20 // 10 + 1, "0.1 MiB"), (31 * 2**20, "31 MiB"),
+        (0, "0"), (1, "0.1 KiB"), (12 * 1024, "12 KiB"), (2**20 // 10 + 1, "0.1 MiB"), (31 * 2**20, "31 MiB"),
         (2**20 * 3 // 2, "1.5 MiB"), (int(123.4 * 2**20), "123 MiB"), (25 * GIB // 2, "12.5 GiB"), (None, "–"),
     ],
 )  # fmt: skip

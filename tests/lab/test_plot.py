@@ -92,14 +92,10 @@ def test_what_it_says_to_those_who_do_not_see_it(empty):
     exploration = explored(empty, (1.2, 31 * MIB, True), (2.4, 3 * MIB, True), (0.9, 2 * GIB, False))
     html = plot.svg(exploration)
     (image,) = (it for it in drawn(html).iter("svg") if it.get("role") == "img")
-    assert image.get("aria-label").startswith(
-        "3 settings, time against memory. Recommended: automatic, 1.24 s, 31.0 MiB"
-    )
+    assert image.get("aria-label").startswith("3 settings, time against memory. Recommended: automatic, 1.24 s, 31 MiB")
     legend = ["".join(item.itertext()) for item in drawn(html).iter("li")]
-    assert legend[0] == "recommended: automatic, 1.24 s, 31.0 MiB" and legend[1].startswith(
-        "today: automatic 64 x auto"
-    )
-    assert "memory limit: 716.8 MiB" in legend and "over the memory limit" in legend
+    assert legend[0] == "recommended: automatic, 1.24 s, 31 MiB" and legend[1].startswith("today: automatic 64 x auto")
+    assert "memory limit: 717 MiB" in legend and "over the memory limit" in legend
     told = results.trial_table(exploration)
     for trial in exploration.trials:  # a table has the same
         assert trial.label in told and tables.seconds(trial.seconds) in told and tables.memory(trial.peak_bytes) in told
