@@ -65,7 +65,7 @@ class Txt2Img(processing.StableDiffusionProcessingTxt2Img):
                 self.cfg_scale,
                 stepped,
             )
-            pixels = model.decode(latent)[0]
+            pixels = processing.decode_latent_batch(model, latent)[0] / 2 + 0.5
         return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

@@ -178,7 +178,7 @@ def host():
         model = importlib.import_module("ldm.modules.diffusionmodules.model")
     from demo import host as demo_host
 
-    hijacked = (attention.CrossAttention, model.AttnBlock)
+    hijacked = (attention.CrossAttention, model.AttnBlock, model.Decoder, model.Encoder)
     forwards = [cls.forward for cls in hijacked]
     stashed = _take_away()
     demo_host.install_modules()

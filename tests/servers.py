@@ -18,6 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -83,6 +88,15 @@ class Server:
                 self._check_that_it_runs()  # its port opens a moment after the log says that it has started
                 assert time.monotonic() < end
                 time.sleep(0.2)
+
+    def limit(self, spare_bytes: int | None) -> None:
+        """Its process may take so much more address space than it has; as much as it likes where None is given."""
+        limit = resource.RLIM_INFINITY
+        if spare_bytes is not None:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[0])
+            limit = pages * resource.getpagesize() + spare_bytes
+        hard = resource.prlimit(self._process.pid, resource.RLIMIT_AS)[1]
+        resource.prlimit(self._process.pid, resource.RLIMIT_AS, (limit, hard))
 
     def options(self, **changed) -> dict:
         if changed:

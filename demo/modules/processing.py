@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from modules import shared
+from modules import images, shared  # noqa: F401 - the web UI has loaded both with this
 from modules.scripts import ScriptRunner
 from PIL import Image
 
@@ -66,6 +66,17 @@ def create_infotext(p: StableDiffusionProcessing) -> str:
 def _quote(value) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",\n:") else text
+
+
+class DecodedSamples(list):
+    """Pictures [3, height, width], from -1 to 1."""
+
+    already_decoded = True
+
+
+def decode_latent_batch(model, batch, target_device=None, check_for_nans=False) -> DecodedSamples:
+    """The pictures of what was sampled."""
+    return DecodedSamples((model.decode(batch) * 2 - 1).to(target_device))
 
 
 def process_images(p: StableDiffusionProcessing) -> Processed:

@@ -1,7 +1,18 @@
 """The VAE's decoder and encoder in bands of rows: exact, and in less than half the memory."""
 
 from .bands import BandPlan, plan_bands, usual_bytes
+from .fallbacks import as_it_fits
 from .halves import Interrupted, in_bands, why_not
-from .parts import steps_of
+from .parts import HOMES, steps_of
 
-__all__ = ["BandPlan", "Interrupted", "in_bands", "plan_bands", "steps_of", "usual_bytes", "why_not"]
+__all__ = [
+    "HOMES",
+    "BandPlan",
+    "Interrupted",
+    "as_it_fits",
+    "in_bands",
+    "plan_bands",
+    "steps_of",
+    "usual_bytes",
+    "why_not",
+]

@@ -17,7 +17,7 @@ from .. import device as devices
 from .. import memory, retry
 from ..problem import FLOAT_DTYPES
 from ..settings import Settings, check_settings
-from ..tracing import is_recorded, is_transformed
+from ..tracing import is_traced
 from . import parts
 from .bands import BandPlan, halves_channels, plan_bands, rows_at_once, smaller, way_taken, ways_of
 from .maps import Activated, Added, Convolved, Downsampled, Map, Overwritten, Stored, Upsampled, layout
@@ -75,7 +75,7 @@ def why_not(half: AnyModule, x: Tensor, forward: Callable[..., Any] | None = Non
     """Why `in_bands` cannot compute this, in words; empty if it can."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in FLOAT_DTYPES or not x.numel():
         return "no pictures or latents of a floating-point dtype"
-    if is_recorded() or is_transformed() or type(x) is not Tensor:
+    if is_traced(x, x, x):
         return "a call that is traced or transformed"
     if reason := parts.why_not(half, forward):
         return reason

@@ -1,4 +1,4 @@
-"""HTTP beside the web UI's own, under /subquad/v1/ and behind the same authentication: plan, status, measured."""
+"""HTTP beside the web UI's own, under /subquad/v1/ and behind the same authentication: plan, status, measured, kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..console import UserError
 from ..engines import order
 from ..engines.table import Class, Found
 from ..lab.explain.rows import Row
-from . import measuring, models, status
+from . import decoding, measuring, models, status
 from .hosts import host
 from .words import sendable
 
@@ -91,6 +91,15 @@ class ForgottenResponse(BaseModel):
     forgotten: int = Field(description="for how many kinds of calls something was known")
 
 
+class KeptResponse(BaseModel):
+    waiting: list[str] = Field(description="files of what was sampled and could not be decoded, without their folders")
+
+
+class DecodedResponse(BaseModel):
+    images: list[str] = Field(description="the files that were made, without their folders")
+    told: list[str] = Field(description="a sentence about each file that waited")
+
+
 def mount(_page, app: FastAPI) -> None:
     """Add the routes where the web UI has an API, with the dependencies of one of its own."""
     own = [route for route in app.routes if getattr(route, "path", "").startswith("/sdapi/")]
@@ -102,6 +111,8 @@ def mount(_page, app: FastAPI) -> None:
         ("GET", "/subquad/v1/status", status_route, StatusResponse),
         ("GET", "/subquad/v1/measured", measured_route, MeasuredResponse),
         ("DELETE", "/subquad/v1/measured", forget_route, ForgottenResponse),
+        ("GET", "/subquad/v1/kept", kept_route, KeptResponse),
+        ("POST", "/subquad/v1/kept", decode_route, DecodedResponse),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=response, dependencies=dependencies)
     app.openapi_schema = None  # made anew, with our routes
@@ -155,6 +166,17 @@ def forget_route() -> ForgottenResponse:
     """Forget what was measured on this device, when no image is being made: it is measured anew before the next one."""
     with host().lock():
         return ForgottenResponse(forgotten=measuring.forget())
+
+
+def kept_route() -> KeptResponse:
+    """What was sampled and waits to be decoded."""
+    return KeptResponse(waiting=[sendable(path.name) for path in decoding.waiting()])
+
+
+def decode_route() -> DecodedResponse:
+    """Decode all of it, when no image is being made."""
+    images, told = decoding.decode_all()
+    return DecodedResponse(images=[sendable(path.name) for path in images], told=list(map(sendable, told)))
 
 
 def _measured_row(calls: Class, found: Found) -> MeasuredRow:

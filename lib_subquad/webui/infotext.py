@@ -12,14 +12,16 @@ from .hosts import host
 RETRIES = "Subquad retries"
 MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
+DECODED = "Subquad VAE decoded"  # in bands, or on the processor: last bits differ
 
 
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
     # What was said of the image before: the cells of a grid share their parameters.
-    for name in (RETRIES, RERUNS, MEASURED, *options.INFOTEXT.values()):
+    for name in (RETRIES, RERUNS, MEASURED, DECODED, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
     status.begin(_images(p))
+    host().begin(p)
     memory.forget()  # the model may have been moved since
     host().prepare()
     if host().active:
@@ -62,6 +64,8 @@ def finish_batch(p) -> None:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
     if seen.reruns:
         p.extra_generation_params[RERUNS] = seen.reruns
+    if seen.bands is not None:
+        p.extra_generation_params[DECODED] = "on the processor" if seen.on_processor else "in bands"
     if seen.measured:
         p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
 

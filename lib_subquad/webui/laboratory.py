@@ -15,7 +15,7 @@ from ..console import UserError
 from ..lab.tune.exploration import Exploration
 from ..lab.tune.trials import TUNED
 from ..plan import goes_by_measurements
-from . import measuring, models, options, results, status, words
+from . import decoding, measuring, models, options, results, status, words
 from .answer import Answer, answer
 from .hosts import host
 from .words import Said
@@ -232,6 +232,15 @@ class Laboratory:
             return "Nothing has been measured on this device.", {}
         then = words.MEASURED_AGAIN if goes_by_measurements(host().settings()) else words.RULES_DECIDE
         return str(Said(words.FORGOTTEN, kinds=status.counted(count, "kind", "kinds"), then=then)), {}
+
+    def decode(self) -> str:
+        """Decode what was kept: what became of it, as HTML."""
+        _, told = decoding.decode_all()
+        return "".join(words.line(escape(sentence)) for sentence in told)
+
+    def waiting(self) -> str:
+        """What waits to be decoded, as HTML; empty where nothing does."""
+        return words.waiting(decoding.waiting())
 
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""

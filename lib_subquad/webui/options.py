@@ -45,6 +45,7 @@ INFOTEXT = {
     "checkpointing": "Subquad checkpointing",
     "upcast": "Subquad upcast",
     "vae": "Subquad VAE",
+    "vae_bands": "Subquad VAE bands",
     "measure": "Subquad measure",
     "retry": "Subquad retry",
 }

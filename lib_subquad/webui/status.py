@@ -9,6 +9,8 @@ from typing import NamedTuple
 from ..engines.table import Found
 from ..plan import Plan
 from ..retry import RETRY_REASON
+from ..vae import BandPlan
+from ..vae.fallbacks import ON_PROCESSOR
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Generation:
     us and that the web UI's own attention computed, by the reason; `reruns` those of which an inexact engine's result
     was of no use, so that an exact one computed them again. `measuring` says what is measured before it, and then what
     was found; `measured` holds the findings that its calls went by instead of by the fixed order. `number` tells it
-    from those before; `images` are what was asked for, as far as that can be told.
+    from those before; `images` are what was asked for, as far as that can be told. `bands` is the largest plan by which
+    the VAE was computed in bands, `on_processor` whether a card had no room even for those; `kept` says where there is
+    what could not be decoded.
     """
 
     begun: bool = False
@@ -67,6 +71,9 @@ class Generation:
     reach: Reach = Reach()
     measuring: str = ""
     measured: set[Found] = field(default_factory=set)
+    bands: BandPlan | None = None
+    on_processor: bool = False
+    kept: str = ""
 
     def record(self, plan: Plan, place: object | None) -> None:
         self.calls += 1
@@ -95,6 +102,19 @@ def record(plan: Plan, place: object | None = None) -> None:
     _generation.record(plan, place)
 
 
+def record_bands(plan: BandPlan) -> None:
+    """Half of a VAE was computed in bands by `plan`."""
+    seen = _generation
+    seen.on_processor = seen.on_processor or ON_PROCESSOR in plan.reasons
+    if seen.bands is None or plan.bytes >= seen.bands.bytes:
+        seen.bands = plan
+
+
+def kept(sentence: str) -> None:
+    """Where there is what was sampled and not decoded."""
+    _generation.kept = sentence
+
+
 def pass_on(reason: str) -> None:
     """One call was left to the web UI's own attention."""
     _generation.passed_on[reason] += 1
@@ -114,14 +134,21 @@ def summary() -> str:
     """The last generation in a line."""
     seen = _generation
     if seen.largest is None:
-        return " ".join([nothing(seen), *missed(seen)])
+        return " ".join(filter(None, [nothing(seen), *in_bands(seen), seen.kept, *missed(seen)]))
     retries = (
         f"{counted(seen.retries, 'retry', 'retries')} after running out of memory" if seen.retries else "no retries"
     )
     calls = counted(seen.calls, "call", "calls")
     calls = ", ".join([calls, retries, *again(seen)])
     told = [f"Last generation: {calls}. Largest: {seen.largest}", *missed(seen)]
-    return " ".join(filter(None, [*told, seen.measuring]))
+    return " ".join(filter(None, [*told, *in_bands(seen), seen.kept, seen.measuring]))
+
+
+def in_bands(seen: Generation) -> list[str]:
+    """A sentence about the VAE, if it was computed in bands."""
+    if seen.bands is None:
+        return []
+    return [f"The VAE: {seen.bands}."]
 
 
 def again(seen: Generation) -> list[str]:

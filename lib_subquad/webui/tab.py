@@ -21,6 +21,7 @@ from .words import LABELS, Said
 
 ELEMENT = "subquad_tab"
 USUAL = status.Images(512, 512, 1)
+LOOKED = 10  # what is looked at again and again: values and buttons
 # The parameter that takes JavaScript changed its name in gradio 4.
 SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 
@@ -65,6 +66,9 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 measure = _button("measure")
                 cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
             message = gr.HTML(elem_id="subquad_message")
+            kept = gr.HTML(elem_id="subquad_kept")
+            decode = _button("decode", visible=False)
+            decoded = gr.HTML(elem_id="subquad_decoded")
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -83,7 +87,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
 
     question = [checkpoint, width, height, batch]
     buttons = [measure, cancel, apply, undo]
-    looked = [sentence, status_line, details, *buttons, shown]
+    looked = [sentence, status_line, details, kept, decode, *buttons, shown]
     quietly = {"queue": False, "show_progress": "hidden"}
     with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
 
@@ -117,6 +121,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done = on(button.click, _and_tell(action), given, [told, payload])
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
+        then_look(on(decode.click, _decode, None, [decoded], {} if with_queue else {"queue": False}))
         opened = [*question, run, adopted, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
         show = _answering(_open, len(looked) + 5)
@@ -146,8 +151,9 @@ def _look(*given):
     """All that follows from the question, the settings and what was measured."""
     *question, run = given
     told, details = LABORATORY.look(*question)
-    shown = (words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.status(), details)
-    states = _buttons(run, told)
+    kept = LABORATORY.waiting()
+    shown = (words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.status(), details, kept)
+    states = [{"visible": bool(kept)}, *_buttons(run, told)]
     return [*shown, *map(_update, states), (*shown, *states)]
 
 
@@ -161,9 +167,9 @@ def _look_again(*given):
     """The same, where anything has changed. Not while something is measured, which it would disturb."""
     *question, run, before = given
     if LABORATORY.measuring:
-        return [gr.update()] * 8
+        return [gr.update()] * LOOKED
     found = _look(*question, run)
-    return [gr.update()] * 8 if found[-1] == before else found
+    return [gr.update()] * LOOKED if found[-1] == before else found
 
 
 def _open(*given):
@@ -244,6 +250,10 @@ def _cancel(run):
     if run is not None and run.withdrawn:
         return message, "", str(time.monotonic_ns()) if in_queue else gr.update()
     return message, gr.update(), gr.update()
+
+
+def _decode():
+    return [LABORATORY.decode()]
 
 
 def _and_tell(action):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
+from pathlib import Path
 
 from ..engines.table import Class, Found
 from ..lab import tables
@@ -19,7 +20,7 @@ from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.survey import doctor
 from ..plan import goes_by_measurements
 from ..settings import Option, Settings, shown
-from .status import Generation, again, missed, nothing
+from .status import Generation, again, in_bands, missed, nothing
 
 FEW_COLUMNS = 5
 
@@ -37,6 +38,7 @@ LABELS = {
     "details": "Details: how each layer is computed, and why",
     "about": "About: what these words mean, and what was measured before",
     "forget": "Forget what was measured",
+    "decode": "Decode what was kept",
 }
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
@@ -113,6 +115,19 @@ MEASURED_AGAIN = "They are measured again before the next image."
 RULES_DECIDE = "Rules decide again, as your settings have it."
 IN_FORCE = "Nothing to change: these settings are in force already."
 FAILED = "That did not work: {error}"
+
+# ------------------------------------------------------------------------------------ images that wait to be decoded
+
+WAIT_TO_BE_DECODED = (
+    "Memory did not suffice to decode what was sampled, or decoding was interrupted. It is kept: {files}"
+)
+NOTHING_KEPT = "Nothing waits to be decoded."
+DECODE_LATER = "An image is being made: decode when it is done."
+DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."
+NOT_DECODED = "{file} is not decoded, and stays where it is: {why}"
+DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
+OTHER_CHECKPOINT = "It was made with {checkpoint}. Choose that checkpoint, then decode."
+STILL_TOO_LITTLE = "There is still too little memory. Close other programs that use it, then decode."
 
 TERMS = {
     "Where": "The part of the model that has these layers, and what they look at. The U-Net or transformer makes the "
@@ -271,8 +286,9 @@ def details(question: Question) -> str:
 def last_generation(seen: Generation) -> str:
     """What attention took in the last image."""
     out_of_reach = "".join(f" <b>{escape(sentence)}</b>" for sentence in missed(seen))
+    of_vae = "".join(f" {escape(sentence)}" for sentence in (*in_bands(seen), seen.kept) if sentence)
     if seen.largest is None:
-        return f"{escape(nothing(seen))}{out_of_reach}"
+        return f"{escape(nothing(seen))}{of_vae}{out_of_reach}"
     made = seen.largest
     reruns = "".join(f", {term(words, 'Reruns')}" for words in again(seen))
     return (
@@ -281,7 +297,7 @@ def last_generation(seen: Generation) -> str:
         f"The largest: {term(made.engine, 'Engine')}, "
         f"<bdi>{made.query_chunk} × {made.kv_chunk}</bdi> {term('tokens at a time', 'Chunks')}, "
         f"{tables.memory(made.workspace_bytes)} of {term('workspace', 'Workspace')}; {escape('; '.join(made.reasons))}."
-        f"{out_of_reach} {escape(seen.measuring)}".rstrip()
+        f"{of_vae}{out_of_reach} {escape(seen.measuring)}".rstrip()
     )
 
 
@@ -297,6 +313,12 @@ def measured(found: Mapping[Class, Found], settings: Settings) -> str:
     kinds = f"{len(found)} {_plural('kind', len(found))} of calls, {faster or 'none'} of them faster than by rules."
     unused = "" if goes_by_measurements(settings) else " It is not used: your settings choose otherwise."
     return line(f"{term('Measured on this device')}: {kinds}{unused}")
+
+
+def waiting(files: Iterable[Path]) -> str:
+    """What is kept and waits to be decoded; empty where nothing does."""
+    files = tuple(files)
+    return line(Said(WAIT_TO_BE_DECODED, files=files).html()) if files else ""
 
 
 def kept_setting(option: Option, word: str) -> str:

@@ -138,6 +138,7 @@ def page(loaded):
         ("subquad_apply", "click", "Measure first: there is nothing to apply yet."),
         ("subquad_undo", "click", "There is nothing to undo."),
         ("subquad_forget", "click", "Nothing has been measured on this device."),
+        ("subquad_decode", "click", "Nothing waits to be decoded."),
     ],
 )
 def test_every_button_answers_with_a_sentence(page, element, how, said):

@@ -561,7 +561,7 @@ def test_a_word_of_another_version_is_kept_and_told(start, host, monkeypatch, tm
 def test_it_is_the_first_of_the_settings_and_says_the_vaes_too(forge):
     """The VAE's own setting is there for requests that name it, but not on the page, and it decides nothing."""
     ours = [name for name in forge.opts.data_labels if name.startswith("subquad_")]
-    assert ours[0] == USE and len(ours) == 10
+    assert ours[0] == USE and len(ours) == 11
     info = forge.opts.data_labels[USE]
     assert (info.default, info.section[0], info.infotext) == ("off", "subquad", "Subquad use")
     assert forge.opts.data_labels["subquad_vae"].section[0] is None

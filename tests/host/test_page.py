@@ -69,6 +69,7 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
         ("subquad_apply", "Measure first"),
         ("subquad_undo", "There is nothing to undo."),
         ("subquad_forget", "Nothing has been measured on this device."),
+        ("subquad_decode", "Nothing waits to be decoded."),
         ("subquad_measure", "Measuring begins as soon as it is its turn."),
         ("subquad_ask", "subquad is not active"),
         ("subquad_look", "subquad is not active"),

@@ -160,7 +160,7 @@ def test_what_cannot_be_forgotten_is_no_success(main, path, monkeypatch, caplog)
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(file, "_write", refuse)
+    monkeypatch.setattr(file, "write_whole", refuse)
     assert main("--forget") == (1, "") and "cannot be written (Permission denied)" in caplog.messages[0]
 
 

@@ -9,6 +9,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
     ldm = pytest.importorskip("ldm.modules.diffusionmodules.model", reason="stable-diffusion-sdkit is not installed")
@@ -18,6 +19,7 @@ TINY = {
     "resolution": 64, "z_channels": 4, "double_z": True, "attn_type": "vanilla",
 }  # fmt: skip
 ROOMY, CRAMPED = 1 << 40, 0  # bytes that are free
+OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 150994944 bytes"
 
 
 def half(name: str, **config: object) -> nn.Module:
@@ -51,3 +53,32 @@ def in_float64(module: nn.Module, x: Tensor) -> Tensor:
 
 def distance(found: Tensor, truth: Tensor) -> float:
     return torch.linalg.vector_norm(found.double() - truth).item()
+
+
+def as_good(half_, x, found, bound=1.3):
+    """Whether it is as near to float64 as the half's own forward."""
+    truth = in_float64(half_, x)
+    usual = half_(x)
+    assert found.shape == usual.shape and found.dtype == usual.dtype
+    assert distance(found, truth) <= bound * distance(usual, truth) + 1e-12
+
+
+class Fails(TorchDispatchMode):
+    """The operators of some numbers run out of memory: before they do anything, or when they have done it."""
+
+    def __init__(self, numbers=(), after=False):
+        super().__init__()
+        self.count, self.numbers, self.after = 0, numbers, after
+        self.writing = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        fails = self.count in self.numbers
+        if function._schema.is_mutable:
+            self.writing.append(self.count)
+        if fails and not self.after:
+            raise RuntimeError(OUT_OF_MEMORY)
+        result = function(*args, **(kwargs or {}))
+        if fails:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return result

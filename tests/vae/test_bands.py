@@ -14,27 +14,18 @@ from lib_subquad import Settings
 from lib_subquad.vae import Interrupted, bands, halves, in_bands, why_not
 from lib_subquad.vae.moments import Moments
 from tests.threads import torch_threads
-from tests.vae.making import CRAMPED, ROOMY, TINY, distance, given, half, in_float64, ldm
+from tests.vae.making import CRAMPED, OUT_OF_MEMORY, ROOMY, TINY, Fails, as_good, distance, given, half, in_float64, ldm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = ("decoder", "encoder")
 both = pytest.mark.parametrize("name", HALVES)
 both_plans = pytest.mark.parametrize("free", [ROOMY, CRAMPED], ids=["roomy", "cramped"])
-OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 150994944 bytes"
 
 
 @pytest.fixture(autouse=True)
 def low_bands(monkeypatch):
     """So that small pictures have several."""
     monkeypatch.setattr(bands, "LEAST_ROWS", 3)
-
-
-def as_good(half_, x, found, bound=1.3):
-    """Whether it is as near to float64 as the half's own forward."""
-    truth = in_float64(half_, x)
-    usual = half_(x)
-    assert found.shape == usual.shape and found.dtype == usual.dtype
-    assert distance(found, truth) <= bound * distance(usual, truth) + 1e-12
 
 
 # ------------------------------------------------------------------------------------------------- the same picture
@@ -266,27 +257,6 @@ def test_what_is_not_known_is_refused_in_words(name, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ out of memory
-
-
-class Fails(TorchDispatchMode):
-    """The operators of some numbers run out of memory: before they do anything, or when they have done it."""
-
-    def __init__(self, numbers=(), after=False):
-        super().__init__()
-        self.count, self.numbers, self.after = 0, numbers, after
-        self.writing = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        fails = self.count in self.numbers
-        if function._schema.is_mutable:
-            self.writing.append(self.count)
-        if fails and not self.after:
-            raise RuntimeError(OUT_OF_MEMORY)
-        result = function(*args, **(kwargs or {}))
-        if fails:
-            raise RuntimeError(OUT_OF_MEMORY)
-        return result
 
 
 @both

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import BinaryIO
 from ... import console
 from ...engines import order
 from ...engines.table import LARGEST_FILE, Class, Found, Machine, Table
+from ..whole import write_whole
 
 try:
     import fcntl
@@ -33,7 +32,6 @@ except ImportError:
 NAME = "subquad_measured.json"
 PATIENCE = 5.0  # seconds to wait for another process that writes
 HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what a lock says that another has
-TRIES = 20  # Windows lets nobody replace a file while somebody reads it
 
 
 def load(path: Path) -> Table:
@@ -70,7 +68,7 @@ def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str)
             before = _read(path, to_replace=True)
             after = change(before)
             if before.machines or after.machines:
-                _write(path, after)
+                write_whole(path, after.to_json().encode())
     except OSError as error:
         _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({_why(error)})")
         return False
@@ -110,26 +108,6 @@ def _read(path: Path, to_replace: bool = False) -> Table:
         else:
             _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {why}")
     return Table()
-
-
-def _write(path: Path, table: Table) -> None:
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(beside, "x", encoding="utf-8", newline="\n") as file:
-            file.write(table.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        for left in range(TRIES, -1, -1):
-            try:
-                os.replace(beside, path)
-                break
-            except PermissionError:
-                if not left:
-                    raise
-                time.sleep(0.01)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
 
 
 @contextlib.contextmanager

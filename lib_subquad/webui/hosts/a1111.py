@@ -23,6 +23,7 @@ from ..status import Reach, Standing
 from . import pins
 from .base import Host, Loaded, readable
 from .hooks import Hook
+from .vae import Vae
 
 
 def cross_attention_forward(layer, x, context=None, mask=None, *args, **kwargs):
@@ -142,16 +143,19 @@ class Subquad(SdOptimization):
         self.take_back_pins()
         for hook in self._hooks:
             hook.apply()
+        HOST.vae.apply()
 
     def catch_up(self) -> None:
         """While in force: what was loaded since comes to us as well, and what an extension left pinned."""
         for hook in self._find():
             hook.apply()
+        HOST.vae.catch_up()
         self.take_back_pins()
 
     def undo(self) -> None:
         for hook in self._hooks:
             hook.undo()
+        HOST.vae.undo()
 
     @property
     def active(self) -> bool:
@@ -164,7 +168,7 @@ class Subquad(SdOptimization):
 
     def take_back_pins(self) -> None:
         """Layers that an extension left pinned to some optimization follow the one in force again."""
-        pins.take_back(tuple(self._layers))
+        pins.take_back((*self._layers, *HOST.vae.classes))
 
     def out_of_reach(self, served: set[int]) -> tuple[int, dict[str, int]]:
         """How many layers of the loaded U-Net or transformer attend, and whose are those not among `served`."""
@@ -202,6 +206,9 @@ class A1111(Host):
     """A web UI with a list of optimizations, of which the user selects one."""
 
     t5_tokens = PROMPT_TOKENS  # its SD 3 fills T5's tokens up to as many as CLIP's
+
+    def __init__(self) -> None:
+        self.vae = Vae(self, lambda: ENTRY.active)
 
     @property
     def active(self) -> bool:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from modules import shared
+from PIL import Image
 
 from ...checkpoint import T5_TOKENS, Checkpoint
 from ...console import UserError
 from ...settings import Settings
 from .. import options
 from ..status import Reach, Standing
+from .vae import Vae
 
 VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
 
@@ -61,10 +66,18 @@ class Host:
     t5_tokens = T5_TOKENS  # what a prompt is filled up to for T5, in models that read it
     has_switch = False  # whether *Use subquad* is a setting of ours, because the web UI offers no choice of attention
     active = False  # whether attention of the next image is ours
+    vae: Vae | None = None  # its VAE, where we can take it over
+    _request: Callable[[], object] = staticmethod(lambda: None)
 
     def callbacks(self) -> dict[str, Callable]:
         """What is to be called by callbacks that only this kind of web UI has: `on_...` -> function."""
         return {}
+
+    def begin(self, p: object) -> None:
+        """A request begins; what is to be known of it is asked of it until the next one does."""
+        self._request = lambda: None
+        with contextlib.suppress(TypeError):
+            self._request = weakref.ref(p)
 
     def prepare(self) -> None:
         """Before a generation: what others put in our place, or loaded since, comes to us again."""
@@ -148,6 +161,68 @@ class Host:
         if hasattr(state, "textinfo"):
             state.textinfo = text
         return before
+
+    def images_folders(self) -> list[Path]:
+        """Where the last request's images go, and where something may be written if that is nowhere."""
+        named = getattr(self._request(), "outpath_samples", "") or getattr(shared.opts, "outdir_samples", "")
+        named = named or getattr(shared.opts, "outdir_txt2img_samples", "")
+        folders = [Path(str(named)).absolute() / self._subfolder()] if named else []
+        return [*folders, *filter(None, [self.data_folder()]), Path(tempfile.gettempdir())]
+
+    def _subfolder(self) -> str:
+        """Within the folder of images, as the web UI's pattern has it."""
+        if not getattr(shared.opts, "save_to_dirs", False):
+            return ""
+        with contextlib.suppress(Exception):  # what a pattern asks for may not be there
+            told, pattern = self.told(0), shared.opts.directories_filename_pattern or "[prompt_words]"
+            names = module("images").FilenameGenerator(self._request(), told["seed"], told["prompt"], None)
+            return names.apply(pattern).strip(" ").rstrip("\\/")
+        return ""
+
+    def told(self, index: int) -> dict[str, object]:
+        """The infotext, seed and prompt of an image of the last request's batch; None where it does not tell."""
+        p, told = self._request(), {"infotext": None, "seed": None, "prompt": None}
+        with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
+            told |= {"seed": p.seeds[index], "prompt": p.prompts[index]}
+            how = {"index": index, "all_negative_prompts": p.negative_prompts}
+            told["infotext"] = module("processing").create_infotext(p, p.prompts, p.seeds, p.subseeds, **how)
+        return told
+
+    def model(self) -> object:
+        """The model that decodes: what is loaded, or is loaded for this."""
+        return getattr(shared, "sd_model", None)
+
+    def checkpoint_of(self, model: object) -> str:
+        """The name of its file, as the web UI's list has it; empty where it does not tell."""
+        info = getattr(model, "sd_checkpoint_info", None)
+        return str(getattr(info, "name", "") or getattr(info, "title", ""))
+
+    def decode(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
+
+        Raises:
+            UserError: this web UI shows no way to.
+            Interrupted: the user has had enough of it.
+            RuntimeError: the device's own out-of-memory.
+        """
+        if self.vae is None or not self.vae.can_decode:
+            raise UserError("This web UI shows no way to decode.")
+        with torch.no_grad():
+            made = self.vae.decode(self.model(), latents.to(self.device()), target_device=torch.device("cpu"))
+        return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
+
+    def save_image(self, picture: torch.Tensor, folder: Path, told: Mapping[str, object]) -> Path:
+        """Write a picture as the web UI does; where it is. `told`: its infotext, seed and prompt.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        image = Image.fromarray((picture * 255).movedim(0, 2).to(torch.uint8).contiguous().numpy())
+        how = {"extension": getattr(shared.opts, "samples_format", "png"), "save_to_dirs": False}
+        path, _ = module("images").save_image(
+            image, str(folder), "", told["seed"], told["prompt"], info=told["infotext"], **how
+        )
+        return Path(path)
 
     def interrupted(self) -> bool:
         """Whether the user cut the generation short."""

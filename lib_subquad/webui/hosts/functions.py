@@ -20,6 +20,7 @@ from . import places
 from .base import UNET, VAE, Loaded, Switched, in_words, module, readable
 from .hooks import home, owner
 from .places import KEPT, Original, Place
+from .vae import Vae
 from .wrapper import Wrapper
 
 CHECKPOINT_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
@@ -64,6 +65,7 @@ class Functions(Switched):
         self._classes: set[type] = set()
         self._kept: list[FunctionType] = []  # by instances of classes: known when they are first called
         self._in_place = False
+        self.vae = Vae(self, lambda: self._serves(VAE))
 
     def prepare(self) -> None:
         """Put a wrapper wherever an original is held: of what was loaded since, or is new, too."""
@@ -71,7 +73,8 @@ class Functions(Switched):
             if self._in_place:
                 self.undo()
             return
-        self._in_place = True
+        first, self._in_place = not self._in_place, True
+        self.vae.apply() if first else self.vae.catch_up()
         modules = places.all_modules()
         self.look(modules)
         for held_in in modules:
@@ -88,6 +91,7 @@ class Functions(Switched):
     def undo(self) -> None:
         """Every name is bound to the web UI's own again, also where a late import took ours along."""
         self._in_place = False
+        self.vae.undo()
         for held_in in places.all_modules():
             _give_back(held_in)
         for keeper in self._classes:
@@ -133,6 +137,12 @@ class Functions(Switched):
         if not readable(chosen):
             raise UserError("No checkpoint is loaded yet.", "Choose one from the list, or make an image first.")
         return Loaded(chosen, note="It is not loaded yet: the web UI loads it for the next image.")
+
+    def model(self) -> object:
+        reload = getattr(module("sd_models"), "forge_model_reload", None)
+        if callable(reload):  # it loads a model when an image needs it
+            reload()
+        return super().model()
 
     def dtype(self) -> torch.dtype:
         unet = _parts_of(getattr(getattr(module("sd_models"), "model_data", None), "sd_model", None)).get("unet")

@@ -1,0 +1,36 @@
+"""Files that whoever reads them finds whole, whatever crashes or fills up meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from pathlib import Path
+
+TRIES = 20  # Windows lets nobody replace a file while somebody reads it
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write it beside the file, as `<name>.<anything>.tmp`, and put it in its place.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for left in range(TRIES, -1, -1):
+            try:
+                os.replace(beside, path)
+                break
+            except PermissionError:
+                if not left:
+                    raise
+                time.sleep(0.01)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)

@@ -1,0 +1,66 @@
+"""Images of what was kept because it could not be decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import device as devices
+from ..console import UserError, in_a_line, say
+from ..vae import Interrupted
+from . import latents, words
+from .hosts import host
+from .words import Said
+
+
+def waiting() -> list[Path]:
+    """The files of what is to be decoded."""
+    return latents.waiting(host().data_folder())
+
+
+def decode_all() -> tuple[list[Path], list[str]]:
+    """Decode every one: the images, and a sentence about each file. Not while an image is made.
+
+    Never raises: what cannot be decoded stays where it is, and the sentence says why.
+    """
+    files = waiting()
+    if not files:
+        return [], [words.NOTHING_KEPT]
+    if not host().lock().acquire(blocking=False):
+        return [], [words.DECODE_LATER]
+    made, told = [], []
+    try:
+        host().prepare()
+        for path in files:
+            try:
+                images = _decoded(path)
+            except Exception as error:  # of any web UI, with any model
+                told.append(_why_not(path, error))
+                continue
+            made += images
+            told.append(str(Said(words.DECODED, file=path.name, images=", ".join(map(str, images)))))
+            say(f"[subquad] {told[-1]}")
+    finally:
+        try:
+            devices.release_cached(host().device())
+        finally:  # without the lock no image is made any more
+            host().lock().release()
+    return made, told
+
+
+def _decoded(path: Path) -> list[Path]:
+    kept = latents.read(path)
+    if kept.checkpoint and kept.checkpoint != host().checkpoint_of(host().model()):
+        raise UserError(str(Said(words.OTHER_CHECKPOINT, checkpoint=kept.checkpoint)))
+    pictures = host().decode(kept.latents)
+    images = [host().save_image(picture, kept.folder, told) for picture, told in zip(pictures, kept.images)]
+    latents.done(path, host().data_folder())
+    return images
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    if isinstance(error, Interrupted):
+        return str(Said(words.DECODING_INTERRUPTED, file=path.name))
+    if isinstance(error, UserError):
+        return str(Said(words.NOT_DECODED, file=path.name, why=error))
+    why = words.STILL_TOO_LITTLE if devices.is_out_of_memory(error) else f"{in_a_line(error)}."
+    return str(Said(words.NOT_DECODED, file=path.name, why=why))

@@ -1,0 +1,171 @@
+"""A web UI's VAE while it is ours: in bands where an image does not fit, and what was sampled is kept if nothing does.
+
+What has the layers of a VAE is hooked at its class. Extensions that set the forward of the one decoder that is loaded,
+as Tiled VAE does, pass us by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ... import device as devices
+from ... import retry, vae
+from ...console import first_line, say
+from .. import latents, status
+from .hooks import Hook
+
+if TYPE_CHECKING:
+    from .base import Host
+
+HALVES = ("Decoder", "Encoder", "VAEDecoder", "VAEEncoder")
+DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled to pictures
+PIXELS = 8  # of a latent, in each direction
+CHEAP = 2  # the web UI's number for the approximation that takes no model
+
+# Whether this thread makes pictures to be kept, and not a preview or what another extension wants for itself.
+_makes_pictures: ContextVar[bool] = ContextVar("subquad_makes_pictures", default=False)
+
+
+class Vae:
+    """The hooks. `serves` says whether the VAE is ours at this moment."""
+
+    def __init__(self, host: Host, serves: Callable[[], bool]) -> None:
+        self._host, self._serves = host, serves
+        self._halves: dict[type, Hook] = {}
+        self._decode: Hook | None = None
+
+    def apply(self) -> None:
+        self._find()
+        for hook in self._hooks:
+            hook.apply()
+
+    def catch_up(self) -> None:
+        """While in force: what was loaded since comes to us as well."""
+        for hook in self._find():
+            hook.apply()
+
+    def undo(self) -> None:
+        for hook in self._hooks:
+            hook.undo()
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        return tuple(self._halves)
+
+    @property
+    def _hooks(self) -> list[Hook]:
+        return [*self._halves.values(), *filter(None, [self._decode])]
+
+    def _find(self) -> list[Hook]:
+        """What the web UI has loaded by now; what is new among it is returned."""
+        new = []
+        for home in vae.HOMES:
+            for name in HALVES:
+                owner = getattr(sys.modules.get(home), name, None)
+                if isinstance(owner, type) and owner not in self._halves:
+                    self._halves[owner] = Hook(owner, "forward", self._forward_of(owner))
+                    new.append(self._halves[owner])
+        processing = sys.modules.get("modules.processing")
+        if self._decode is None and hasattr(processing, DECODE):
+            self._decode = Hook(processing, DECODE, self._pictures)
+            new.append(self._decode)
+        return new
+
+    def _forward_of(self, owner: type) -> Callable:
+        def forward(half, x, *args, **kwargs):
+            return self._computed(self._halves[owner], half, x, *args, **kwargs)
+
+        return forward
+
+    def _computed(self, hook: Hook, half, x: Tensor, *args, **kwargs) -> Tensor:
+        own = functools.partial(hook.step_aside, half)
+        if args or kwargs or not self._serves():
+            return own(x, *args, **kwargs)
+        how = {"settings": self._host.settings(), "forward": hook.beneath, "report": status.record_bands}
+        if not _makes_pictures.get():
+            return vae.as_it_fits(half, x, own, **how)
+        cut_short = self._host.interrupted()  # before it began: what there is of it is decoded all the same
+        with self._announcing() as progress:
+            how |= {"interrupted": lambda: not cut_short and self._host.interrupted(), "progress": progress}
+            return vae.as_it_fits(half, x, own, **how)
+
+    @contextlib.contextmanager
+    def _announcing(self) -> Iterator[Callable[[float], None]]:
+        """Shows how far the picture is, in the place of what the web UI showed, which comes back."""
+        before: list[str | None] = []
+
+        def progress(share: float) -> None:
+            replaced = self._host.announce(f"VAE: {share:.0%}")
+            before.append(replaced) if not before else None
+
+        try:
+            yield progress
+        finally:
+            if before:
+                self._host.announce(before[0])
+
+    def _pictures(self, model, batch, *args, **kwargs):
+        """What the web UI makes of what was sampled. What cannot be decoded, or is not to be waited for, is kept."""
+        if not (self._serves() and isinstance(batch, Tensor)):
+            return self._decode.step_aside(model, batch, *args, **kwargs)
+        try:
+            return self.decode(model, batch, *args, **kwargs)
+        except vae.Interrupted:
+            self._keep(model, batch, "Decoding was interrupted, and images are sketches.")
+            return _sketches(batch, *args, **kwargs)
+        except Exception as error:
+            if self._host.settings().retry and devices.is_out_of_memory(error):
+                retry.add_line(error, self._keep(model, batch, "There is too little memory to decode the image."))
+            raise
+
+    @property
+    def can_decode(self) -> bool:
+        return self._decode is not None
+
+    def decode(self, model, batch, *args, **kwargs):
+        """As the web UI does it, told how far it is.
+
+        Raises:
+            Interrupted: the user has had enough of it.
+            RuntimeError: the device's own out-of-memory.
+        """
+        token = _makes_pictures.set(True)
+        try:
+            return self._decode.step_aside(model, batch, *args, **kwargs)
+        finally:
+            _makes_pictures.reset(token)
+
+    def _keep(self, model, batch: Tensor, why: str) -> str:
+        """Keep what was sampled: a sentence that says where."""
+        try:
+            of_images = [self._host.told(index) for index in range(len(batch))]
+            folders, data = self._host.images_folders(), self._host.data_folder()
+            path = latents.keep(batch, self._host.checkpoint_of(model), of_images, folders, data)
+            told = f"{why} What was sampled is kept in {path}; the button on the tab Attention decodes it."
+        except (OSError, RuntimeError) as error:
+            told = f"{why} What was sampled could not be kept: {first_line(error)}"
+        say(f"[subquad] {told}")
+        status.kept(told)
+        return told
+
+
+def _sketches(batch: Tensor, target_device: torch.device | None = None, *_, **__):
+    """Pictures in the colours of what was sampled, as live previews show them, in the size of those to be."""
+    processing, common = sys.modules["modules.processing"], sys.modules.get("modules.sd_samplers_common")
+    batch = batch.detach().float()
+    try:
+        pictures = common.samples_to_images_tensor(batch, CHEAP)
+    except Exception:  # more channels than the approximation knows
+        pictures = batch.new_zeros(len(batch), 3, *batch.shape[2:])
+    pictures = torch.nn.functional.interpolate(pictures.float(), scale_factor=PIXELS)
+    made = getattr(processing, "DecodedSamples", list)()
+    made.extend(pictures.to(target_device or pictures.device))
+    return made

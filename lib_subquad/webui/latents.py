@@ -1,0 +1,113 @@
+"""What was sampled and could not be decoded: a file beside the images, and a list of such files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..console import UserError, first_line
+from ..lab.whole import write_whole
+
+LIST = "subquad_latents.json"  # in the web UI's data folder
+LATENTS, FORMAT = "latents", "subquad_latents"
+LARGEST_LIST = 1 << 20  # bytes
+
+_here: list[Path] = []  # those of this process, where there is no data folder
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Latents [images, channels, height, width] as the sampler left them, and what belongs to them.
+
+    `checkpoint` is the title of the one that made them, `folder` where their images would be; `images` tells the
+    infotext, seed and prompt of each.
+    """
+
+    latents: Tensor
+    checkpoint: str
+    folder: Path
+    images: tuple[dict[str, object], ...]
+
+
+def keep(
+    latents: Tensor,
+    checkpoint: str,
+    images: Sequence[Mapping[str, object]],
+    folders: Iterable[Path],
+    data_folder: Path | None,
+) -> Path:
+    """Write them to a file in the first of these folders that takes it, and note it in the data folder's list.
+
+    `checkpoint` and `images` are those of `Kept`.
+
+    Raises:
+        OSError: they can be written nowhere.
+    """
+    told = {FORMAT: "1", "checkpoint": checkpoint, "images": json.dumps(images)}
+    content = save({LATENTS: latents.detach().to("cpu").contiguous()}, told)
+    now = time.strftime("%Y%m%d-%H%M%S")
+    why = OSError("there is no folder")
+    for folder in folders:
+        path = folder / f"subquad-latent-{now}-{time.monotonic_ns() % 10**6:06}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content)
+        except OSError as error:
+            why = error
+            continue
+        _write_list([*waiting(data_folder), path], data_folder)
+        return path
+    raise why
+
+
+def read(path: Path) -> Kept:
+    """What `keep` wrote.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            told, latents = file.metadata() or {}, file.get_tensor(LATENTS)
+        images = tuple(
+            {name: it.get(name) for name in ("infotext", "seed", "prompt")} for it in json.loads(told["images"])
+        )
+        if told[FORMAT] != "1" or latents.dim() != 4 or len(latents) != len(images):
+            raise ValueError("it is of another version")
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path.name} cannot be read: {first_line(error)}.") from error
+    return Kept(latents, told.get("checkpoint", ""), path.parent, images)
+
+
+def waiting(data_folder: Path | None) -> list[Path]:
+    """The files on the list that are still there, the oldest first. Never raises."""
+    found: list[object] = list(_here)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if data_folder is not None:
+            with open(data_folder / LIST, "rb") as file:
+                found += json.loads(file.read(LARGEST_LIST))["files"]
+    with contextlib.suppress(OSError, ValueError):
+        return [path for path in map(Path, dict.fromkeys(str(it) for it in found)) if path.is_file()]
+    return []
+
+
+def done(path: Path, data_folder: Path | None) -> None:
+    """Its images are there. The file stays, off the list."""
+    _write_list([it for it in waiting(data_folder) if it != path], data_folder)
+
+
+def _write_list(paths: Iterable[Path], data_folder: Path | None) -> None:
+    _here[:] = dict.fromkeys(paths)
+    with contextlib.suppress(OSError):  # then it is on the list as long as the web UI runs
+        if data_folder is not None:
+            files = list(map(str, _here))
+            write_whole(data_folder / LIST, json.dumps({"files": files}, indent=1).encode())
+            _here.clear()

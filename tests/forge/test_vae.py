@@ -1,0 +1,68 @@
+"""The real web UI's VAE in bands, and what was sampled kept where it cannot be decoded."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from lib_subquad.device import MIB
+from tests.forge.conftest import FARTHEST, as_png
+from tests.forge.test_generation import HIRES
+
+LARGE = {"width": 768, "height": 768}
+
+
+def apart(image: np.ndarray, other: np.ndarray) -> int:
+    return np.abs(image - other).max()
+
+
+@pytest.fixture(autouse=True)
+def in_use(server):
+    server.use("VAE only")
+    yield
+    server.use("off")
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"),
+    [
+        ({}, "txt2img"),
+        ({"width": 192, "batch_size": 2}, "txt2img"),
+        ({"tiling": True}, "txt2img"),
+        ({**HIRES, "hr_upscaler": "Latent"}, "txt2img"),
+        ({"denoising_strength": 0.9}, "img2img"),
+    ],
+    ids=["plain", "batch", "tiling", "hires", "img2img"],
+)
+def test_in_bands_always(server, request_, path):
+    path = f"/sdapi/v1/{path}"
+    if path.endswith("img2img"):
+        request_ = {**request_, "init_images": [as_png(server.generate()[0])]}
+    server.options(subquad_vae_bands="never")
+    expected, told = server.generate_all(path, **request_)
+    assert not any("decoded" in it for it in told)
+    server.options(subquad_vae_bands="always")
+    images, told = server.generate_all(path, **request_)
+    assert max(map(apart, images, expected)) <= FARTHEST and expected[0].std() > 10
+    assert all("Subquad VAE decoded: in bands" in it for it in told)
+    assert "The VAE: bands of" in server.status()["summary"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another process's memory can be limited on Linux only")
+def test_with_little_memory_the_image_is_made_or_kept(forge):
+    """In a web UI of its own, whose log has tracebacks of those that are not."""
+    with forge.running("--nowebui") as server:
+        server.use("everything")
+        expected, _ = server.generate(**LARGE)
+        server.limit(300 * MIB)
+        image, told = server.generate(**LARGE)
+        assert apart(image, expected) <= FARTHEST and "Subquad VAE decoded: in bands" in told
+        server.limit(24 * MIB)
+        code, answer = server.ask("/sdapi/v1/txt2img", {"prompt": "a cat", "seed": 1, "steps": 1, **LARGE})
+        server.limit(None)
+        assert code == 500, answer
+        (name,) = server.call("/subquad/v1/kept")["waiting"]
+        made = server.call("/subquad/v1/kept", {})
+        assert len(made["images"]) == 1, made

@@ -1,0 +1,327 @@
+"""The web UI's VAE in bands, and what was sampled kept where it cannot be decoded, on the demo host."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.vae.making import OUT_OF_MEMORY
+
+CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.conv2d)  # the other one in inference mode
+SIZE = {"seed": 1, "width": 128, "height": 64, "steps": 1}
+
+
+class NoRoom(TorchDispatchMode):
+    """No convolution of a map wider than `above` finds memory, and none higher than `rows` of those."""
+
+    def __init__(self, above: int = 64, rows: int = 0) -> None:
+        super().__init__()
+        self.above, self.rows = above, rows
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in CONVOLUTIONS:
+            *_, rows, columns = args[0].shape
+            if columns > self.above and rows > self.rows:
+                raise RuntimeError(OUT_OF_MEMORY)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def ours(loaded, tmp_path, monkeypatch):
+    """The extension in force; images go to `tmp_path / "images"`, and the web UI's data folder is `tmp_path`."""
+    from modules import shared
+
+    from demo.generate import generate
+    from lib_subquad.webui import decoding, latents
+    from lib_subquad.webui.hosts import host
+
+    loaded.select("subquad")
+    monkeypatch.setattr(type(shared.opts), "outdir_samples", str(tmp_path / "images"), raising=False)
+    monkeypatch.setattr(type(host()), "data_folder", lambda self: tmp_path)
+    loaded.folder, loaded.host, loaded.decoding, loaded.latents = tmp_path, host(), decoding, latents
+    loaded.generate = lambda **request: generate("a cat", **{**SIZE, **request})
+    return loaded
+
+
+def pixels(made) -> np.ndarray:
+    image = made.image if hasattr(made, "image") else made
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def apart(one, other) -> int:
+    return np.abs(pixels(one) - pixels(other)).max()
+
+
+@pytest.mark.parametrize("bands", ["always", "when needed"])
+def test_bands_make_the_same_image_and_the_infotext_tells(ours, bands):
+    expected = ours.generate(override_settings={"subquad_vae_bands": "never"})
+    assert "Subquad VAE bands: never" in expected.infotext and "decoded" not in expected.infotext
+    if bands == "always":
+        made = ours.generate(override_settings={"subquad_vae_bands": "always"})
+        assert "Subquad VAE bands: always" in made.infotext
+    else:
+        with NoRoom(rows=40):
+            made = ours.generate()
+    assert apart(made, expected) <= 1
+    assert "Subquad VAE decoded: in bands" in made.infotext
+    assert "The VAE: bands of" in ours.status.summary()
+    assert "Subquad" not in ours.generate().infotext and "bands" not in ours.status.summary()
+
+
+def test_it_is_ours_only_while_we_are_selected(ours):
+    from ldm.modules.diffusionmodules.model import Decoder
+
+    with NoRoom(rows=40):
+        ours.generate()
+        ours.select("sdp")
+        assert Decoder.forward.__module__ == Decoder.__module__
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            ours.generate()
+        ours.select("subquad")
+        ours.generate()
+    assert not list(ours.folder.rglob("*.safetensors"))
+
+
+def lost(ours, **request) -> str:
+    """What the error says of an image that cannot be decoded."""
+    with pytest.raises(RuntimeError) as raised, NoRoom():
+        ours.generate(**request)
+    return str(raised.value)
+
+
+def kept(ours) -> list[Path]:
+    return sorted(ours.folder.rglob("*.safetensors"))
+
+
+def test_what_cannot_be_decoded_is_kept_and_decoded_later(ours):
+    expected = ours.generate(seed=5)
+    said = lost(ours, seed=5)
+    (path,) = kept(ours)
+    assert OUT_OF_MEMORY in said and f"What was sampled is kept in {path}; the button" in said
+    assert path.parent == ours.folder / "images" and path.name.startswith("subquad-latent-")
+    assert str(path) in ours.status.summary() and ours.decoding.waiting() == [path]
+    with NoRoom():
+        images, told = ours.decoding.decode_all()
+    assert images == [] and "still too little memory" in told[0] and ours.decoding.waiting() == [path]
+    (image,), (sentence,) = ours.decoding.decode_all()
+    assert image.parent == path.parent and str(image) in sentence
+    assert apart(Image.open(image), expected) <= 1
+    assert path.is_file() and ours.decoding.waiting() == kept_again(ours) == []
+    assert ours.decoding.decode_all() == ([], ["Nothing waits to be decoded."])
+
+
+def kept_again(ours) -> list[Path]:
+    """What a process finds that starts later."""
+    ours.latents._here.clear()
+    return ours.decoding.waiting()
+
+
+def test_several_wait_also_for_a_web_ui_that_is_started_again(ours):
+    for seed in (1, 2, 3):
+        lost(ours, seed=seed)
+    files = kept_again(ours)
+    assert len(files) == 3 and set(files) == set(kept(ours))
+    files[1].unlink()
+    assert ours.decoding.waiting() == [files[0], files[2]]
+    images, told = ours.decoding.decode_all()
+    assert len(images) == len(told) == len(set(images)) == 2
+
+
+def test_the_infotext_comes_along(ours, monkeypatch):
+    from modules import processing
+
+    class Request(SimpleNamespace):
+        pass
+
+    monkeypatch.setattr(processing, "create_infotext", lambda p, *_, index, **__: f"infotext {p.seeds[index]}")
+    p = Request(seeds=[7, 8], prompts=["a", "b"], subseeds=[0, 0], negative_prompts=["", ""])
+    ours.host.begin(p)
+    p.extra_generation_params = {}
+    model = ours.host.model()
+    with pytest.raises(RuntimeError), NoRoom(above=0):
+        processing.decode_latent_batch(model, torch.randn(2, 4, 8, 8))
+    del p
+    images, _ = ours.decoding.decode_all()
+    assert [Image.open(it).info["parameters"] for it in images] == ["infotext 7", "infotext 8"]
+    assert [it.stem.split("-")[1] for it in images] == ["7", "8"]
+
+
+@pytest.mark.parametrize("bands", ["when needed", "always", "never"])
+def test_whatever_the_setting(ours, bands):
+    assert "What was sampled is kept in" in lost(ours, override_settings={"subquad_vae_bands": bands})
+
+
+def test_without_retrying_nothing_is_kept(ours):
+    assert "kept" not in lost(ours, override_settings={"subquad_retry": False})
+    assert not kept(ours)
+
+
+def test_another_checkpoint_than_the_one_that_made_it(ours, monkeypatch):
+    model = ours.host.model()
+    model.sd_checkpoint_info = SimpleNamespace(name="one.safetensors")
+    lost(ours)
+    model.sd_checkpoint_info = SimpleNamespace(name="other.safetensors")
+    _, (told,) = ours.decoding.decode_all()
+    assert "It was made with one.safetensors. Choose that checkpoint, then decode." in told
+    model.sd_checkpoint_info = SimpleNamespace(name="one.safetensors")
+    assert len(ours.decoding.decode_all()[0]) == 1
+
+
+def test_not_while_an_image_is_made(ours):
+    lost(ours)
+    with ours.host.lock():
+        assert ours.decoding.decode_all() == ([], ["An image is being made: decode when it is done."])
+    assert len(ours.decoding.decode_all()[0]) == 1
+    assert not ours.host.waiting()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x08\0\0\0\0\0\0\0{}      ", None])
+def test_a_file_that_is_broken_stays_and_says_so(ours, content):
+    from safetensors.torch import save
+
+    lost(ours)
+    (path,) = kept(ours)
+    path.write_bytes(
+        save({"latents": torch.zeros(1, 4, 8, 8)}, {"subquad_latents": "2"}) if content is None else content
+    )
+    images, (told,) = ours.decoding.decode_all()
+    assert images == [] and told.startswith(f"{path.name} is not decoded, and stays where it is: {path.name} cannot be")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"files": 3}', '{"files": [3, null, {}]}', "[" * 100_000, '{"files": ["\\u0000"]}']
+)
+def test_a_list_that_is_broken_is_no_list(ours, content):
+    (ours.folder / ours.latents.LIST).write_text(content, encoding="utf-8")
+    assert ours.decoding.waiting() == []
+    lost(ours)
+    assert len(ours.decoding.waiting()) == 1
+    assert json.loads((ours.folder / ours.latents.LIST).read_text(encoding="utf-8"))["files"] == [str(*kept(ours))]
+
+
+def test_where_no_folder_takes_it_the_next_one_does(ours, monkeypatch):
+    (ours.folder / "images").write_text("a file", encoding="utf-8")
+    lost(ours)
+    assert [it.parent for it in kept(ours)] == [ours.folder]
+    monkeypatch.setattr(type(ours.host), "images_folders", lambda self: [ours.folder / "images" / "more"])
+    assert "What was sampled could not be kept: " in lost(ours)
+
+
+def test_an_interrupt_ends_the_decoding_and_keeps_what_was_sampled(ours, monkeypatch, capsys):
+    from modules import shared
+
+    asked = []
+
+    def interrupted(self):
+        asked.append(None)
+        return len(asked) > 20
+
+    expected = ours.generate()
+    monkeypatch.setattr(type(ours.host), "interrupted", interrupted)
+    made = ours.generate(override_settings={"subquad_vae_bands": "always"})
+    assert pixels(made).shape == pixels(expected).shape and apart(made, expected) > 20
+    assert "Decoding was interrupted" in capsys.readouterr().out
+    monkeypatch.undo()
+    shared.state.interrupted = True  # before it begins
+    assert apart(ours.generate(override_settings={"subquad_vae_bands": "always"}), expected) <= 1
+    shared.state.interrupted = False
+
+
+def test_how_far_it_is_is_shown_and_gone_afterwards(ours, monkeypatch):
+    from modules import shared
+
+    monkeypatch.setattr(shared.state, "textinfo", "before", raising=False)
+    seen, announce = [], type(ours.host).announce
+
+    def watched(self, text):
+        seen.append(text)
+        return announce(self, text)
+
+    monkeypatch.setattr(type(ours.host), "announce", watched)
+    ours.generate(override_settings={"subquad_vae_bands": "always"})
+    shares = [int(text[5:-1]) for text in seen[:-1]]
+    assert shares == sorted(shares) and shares[0] < 20 and shares[-1] == 100 and len(shares) > 10
+    assert shared.state.textinfo == seen[-1] == "before"
+    seen.clear()
+    ours.generate()
+    assert seen == []
+
+
+def test_a_preview_neither_shows_that_nor_is_it_kept(ours, monkeypatch):
+    """It is decoded on another thread, or at least not by the web UI's function for pictures."""
+    model, found = ours.host.model(), []
+    ours.opts.subquad_vae_bands = "always"
+    monkeypatch.setattr(type(ours.host), "announce", lambda self, text: pytest.fail("of a preview"))
+    monkeypatch.setattr(type(ours.host), "interrupted", lambda self: True)
+
+    def preview():
+        with torch.no_grad():
+            found.append(model.decode(torch.randn(1, 4, 8, 8)))
+            with NoRoom(above=0), pytest.raises(RuntimeError):
+                model.decode(torch.randn(1, 4, 8, 8))
+
+    for run in (preview, lambda: [thread.start() for thread in [threading.Thread(target=preview)]]):
+        run()
+    for thread in threading.enumerate():
+        thread is threading.current_thread() or thread.daemon or thread.join()
+    assert len(found) == 2 and not kept(ours)
+    ours.opts.subquad_vae_bands = "when needed"
+
+
+def test_a_guest_that_tiles_passes_us_by_and_leaves_nothing_pinned(ours):
+    """As Tiled VAE does it: with a forward for the one decoder that is loaded, and what it found put back."""
+    decoder = ours.host.model().first_stage_model.decoder
+    found, calls = decoder.forward, []
+
+    def tiled(z):
+        calls.append(z.shape)
+        return found(z)
+
+    expected = ours.generate()
+    decoder.forward = tiled
+    made = ours.generate(override_settings={"subquad_vae_bands": "always"})
+    assert calls and apart(made, expected) <= 1
+    decoder.forward = MethodType(type(decoder).forward, decoder)
+    assert "in bands" in ours.generate(override_settings={"subquad_vae_bands": "always"}).infotext
+    assert "forward" not in vars(decoder)
+
+
+def test_the_api(ours):
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from modules import script_callbacks
+
+    app = FastAPI()
+    app.add_api_route("/sdapi/v1/options", lambda: {})
+    script_callbacks.app_started_callback(None, app)
+    client = TestClient(app)
+    assert client.get("/subquad/v1/kept").json() == {"waiting": []}
+    lost(ours)
+    assert client.get("/subquad/v1/kept").json() == {"waiting": [it.name for it in kept(ours)]}
+    answer = client.post("/subquad/v1/kept").json()
+    assert len(answer["images"]) == 1 and (ours.folder / "images" / answer["images"][0]).is_file()
+    assert client.get("/subquad/v1/kept").json() == {"waiting": []}
+
+
+def test_the_tab_offers_to_decode_what_waits(ours):
+    from lib_subquad.webui import models, tab
+
+    def shown():
+        return tab._look(models.LOADED, 64, 64, 1, None)[3:5]
+
+    assert shown() == ["", tab._update({"visible": False})]
+    lost(ours)
+    (path,) = kept(ours)
+    waits, button = shown()
+    assert f"It is kept: <bdi>{path}</bdi>" in waits and button == tab._update({"visible": True})
+    (told,) = tab._decode()
+    assert f"Decoded {path.name}: " in told
+    assert shown() == ["", tab._update({"visible": False})]

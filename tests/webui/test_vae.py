@@ -1,0 +1,95 @@
+"""The VAE of the real web UI in bands, and what was sampled kept: the images of *sdp*, with little memory."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_subquad.device import MIB
+from tests.webui.conftest import TITLE
+from tests.webui.test_generation import FARTHEST, apart
+
+LARGE = {"width": 768, "height": 768, "steps": 2}
+only_sd1 = pytest.mark.parametrize("model", ["SD 1"], indirect=True)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="another process's memory can be limited on Linux only")
+
+
+@contextlib.contextmanager
+def spare(server, mib: int):
+    """The process may take so much more address space than it has."""
+    server.limit(mib * MIB)
+    try:
+        yield
+    finally:
+        server.limit(None)
+
+
+def encoded(image: np.ndarray) -> str:
+    data = io.BytesIO()
+    Image.fromarray(image.astype(np.uint8)).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+HIRES = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.6, "width": 128, "height": 128, "steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"),
+    [
+        ({}, "txt2img"),
+        ({"width": 320, "height": 192, "batch_size": 2, "steps": 2}, "txt2img"),
+        ({"tiling": True, "steps": 2}, "txt2img"),
+        ({**HIRES, "hr_upscaler": "Latent"}, "txt2img"),
+        ({**HIRES, "hr_upscaler": "Lanczos", "denoising_strength": 0.1}, "txt2img"),  # 8 bits lie between
+        ({"denoising_strength": 0.6, "steps": 2}, "img2img"),
+        ({"denoising_strength": 0.6, "steps": 2, "mask": True}, "img2img"),
+    ],
+    ids=["plain", "batch", "tiling", "hires", "hires in pixels", "img2img", "inpainting"],
+)
+def test_in_bands_always(server, model, request_, path):
+    path = f"/sdapi/v1/{path}"
+    if path.endswith("img2img"):
+        first, _ = server.generate(steps=1)
+        request_ = {**request_, "init_images": [encoded(first)]}
+        if request_.pop("mask", None):
+            mask = np.zeros_like(first)
+            mask[:, 128:] = 255
+            request_["mask"] = encoded(mask)
+    expected = server.generate_with_sdp(path, **request_)
+    server.options(subquad_vae_bands="always")
+    images, told = server.generate_all(path, **request_)
+    assert apart(images[0], expected) <= FARTHEST
+    assert all("Subquad VAE bands: always" in it and "Subquad VAE decoded: in bands" in it for it in told)
+    assert "The VAE: bands of" in server.status()["summary"]
+    server.options(subquad_vae_bands="never")
+    image, told = server.generate(path, **request_)
+    assert apart(image, expected) <= FARTHEST and "Subquad VAE bands: never" in told and "decoded" not in told
+
+
+@linux
+@only_sd1
+@pytest.mark.parametrize("mib", [700, 400, 250, 150])
+def test_with_little_memory_the_image_is_made(server, model, mib):
+    expected = server.generate_with_sdp(**LARGE)
+    for other in ("sdp - scaled dot product", "sub-quadratic", "Doggettx", "None"):
+        if mib > 400:
+            break
+        server.select(other)
+        with spare(server, mib):
+            assert (
+                server.ask("/sdapi/v1/txt2img", {"prompt": "a cat", "seed": 1, "sampler_name": "Euler", **LARGE})[0]
+                == 500
+            )
+    server.select(TITLE)
+    with spare(server, mib):
+        image, told = server.generate(**LARGE)
+    print(mib, server.status()["summary"])
+    assert apart(image, expected) <= FARTHEST
+    if mib <= 400:
+        assert "Subquad VAE decoded: in bands" in told
