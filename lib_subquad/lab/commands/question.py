@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ...checkpoint import T5_TOKENS, CheckpointError, read_attention_layers
-from ...console import UserError, first_line
+from ...console import UserError
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
 from ..explain.sizes import parse_size
-from .arguments import DTYPES, argument, best_device, positive
+from .arguments import DTYPES, argument, best_device, positive, usable
 
 
 def add_arguments(parser: argparse.ArgumentParser, named_by: str = "--checkpoint", **how: Any) -> None:
@@ -104,12 +104,7 @@ def read_device(arguments: argparse.Namespace) -> torch.device:
     Raises:
         UserError: it cannot be used.
     """
-    try:
-        device = torch.device(arguments.device) if arguments.device else best_device()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {arguments.device!r} cannot be used: {first_line(error)}") from error
-    return device
+    return usable(arguments.device or str(best_device()))
 
 
 def _whole(option: Option) -> Callable[[str], object]:
