@@ -33,8 +33,9 @@ def measured(loaded, monkeypatch):
         seen.times.append(problems)
         telling("64 x 64 tokens")
         seen.happens()
-        if seen.answer is None:
+        if seen.answer is None or seen.answer.disturbed:
             rounds._tried.update((order.machine(problem.device), class_of(problem)) for problem in problems)
+        if seen.answer is None:
             return {}
         return {class_of(problem): seen.answer for problem in problems}
 
@@ -100,12 +101,31 @@ def test_what_was_found_is_told_and_used(measured, loaded, capsys):
 def test_nothing_faster_and_nothing_found_are_told_and_not_measured_again(measured, loaded, capsys):
     measured.answer = Found("fused")
     generate()
-    assert lines(capsys)[-1] == "[subquad] measured for 64 x 64: nothing is faster than what rules take"
+    assert lines(capsys)[-1] == "[subquad] measured for 64 x 64: nothing is clearly faster than what rules take"
     measured.answer = None
     generate(width=256, height=256)
     assert lines(capsys)[-1] == "[subquad] measured for 256 x 256: nothing could be told, so rules decide"
     for size in (64, 256):
         assert "Subquad" not in generate(width=size, height=size).infotext
+    assert len(measured.times) == 2
+
+
+def test_what_other_programs_disturbed_is_told_and_measured_again_after_the_next_start(measured, loaded, capsys, host):
+    from lib_subquad.webui import api
+
+    measured.answer = Found("fused").beside_others()
+    generate()
+    kinds = len(measured.times[0])
+    assert lines(capsys)[-1] == (
+        "[subquad] measured for 64 x 64: nothing is clearly faster than what rules take; other programs disturbed "
+        f"{kinds} of {kinds} kinds of calls, which are measured again after the next start"
+    )
+    assert [row.disturbed for row in api.measured_route().measured] == [True] * kinds
+    generate()
+    assert len(measured.times) == 1
+    host.reload_extension()
+    loaded.select("subquad")
+    generate()
     assert len(measured.times) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...console import UserError
 from ...engines import order
 from .. import tables
 from ..explain.question import Question
@@ -32,8 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     files.check(arguments)
+    why_not = kept.why_not(arguments)
+    if why_not and arguments.table is not None:
+        raise UserError(why_not)
     kept.load(arguments)
     asked = question.read(arguments)
+    if why_not:
+        print(f"What is measured will not be kept: {why_not}.")
     exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
     stopped = _measure(exploration)
     disturbed = exploration.disturbance().sentence(past=True)
@@ -45,9 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:  # files first: who reads only the first lines closes the pipe
         files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
     finally:
-        print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
+        print(tables.for_reading(_table_rows(exploration), left={"Setting", ""}))
         print("\n" + "\n".join([*_conclusions(exploration), *[disturbed] * bool(disturbed), *asked.notes]))
-    if found := exploration.found():
+    found = exploration.found()
+    if found and not why_not:
         print(kept.add(arguments, order.machine(asked.device), found))
     if arguments.verify and not stopped:
         try:
@@ -83,7 +90,9 @@ def _conclusions(exploration: Exploration) -> list[str]:
     recommended = exploration.recommended()
     if recommended is None:
         return ["Nothing is recommended: it ended before settings were compared."]
-    found = [f"Recommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}"]
+    settings = ", ".join(f"{name} {getattr(recommended.settings, name)}" for name in TUNED)
+    nothing = ": nothing is clearly faster" if recommended is exploration.automatic() else ""
+    found = [f"Recommended: {settings}{nothing}"]
     if undecided := exploration.undecided():
         labels = ", ".join(trial.label for trial in undecided)
         why = "The machine was too busy to tell" if exploration.complete else "It ended before it was clear"

@@ -57,6 +57,21 @@ def forget(path: Path | None, machine: Machine | None = None) -> bool:
     return _change(path, without, "nothing is forgotten for good")
 
 
+def try_to_write(path: Path) -> None:
+    """Find out, before anything slow begins, whether it can be kept there. What is there stays as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" and path.exists() and not os.access(path, os.W_OK):  # elsewhere only its folder matters
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with _alone(path):
+        _read(path, to_replace=True)
+        with _beside(path) as beside, open(beside, "x"):
+            pass
+
+
 def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str) -> bool:
     order.go_by(change(order.table()))
     if path is None:
@@ -72,7 +87,7 @@ def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str)
             if before.machines or after.machines:
                 _write(path, after)
     except OSError as error:
-        _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({_why(error)})")
+        _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({why(error)})")
         return False
     return True
 
@@ -82,7 +97,7 @@ def read(path: Path) -> Table:
     try:
         return _read(path)
     except OSError as error:
-        _warn_once(f"[subquad] {path.name} cannot be read ({_why(error)}): nothing is known to have been measured")
+        _warn_once(f"[subquad] {path.name} cannot be read ({why(error)}): nothing is known to have been measured")
     return Table()
 
 
@@ -102,19 +117,18 @@ def _read(path: Path, to_replace: bool = False) -> Table:
     except FileNotFoundError:
         return Table()
     except ValueError as error:
-        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error
+        told = "it is no text" if isinstance(error, UnicodeDecodeError) else error
         if path.name == NAME:
-            _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {why}")
+            _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {told}")
         elif to_replace and content.strip():
             raise OSError("it is no file of measurements, and stays as it is") from error
         else:
-            _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {why}")
+            _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {told}")
     return Table()
 
 
 def _write(path: Path, table: Table) -> None:
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with _beside(path) as beside:
         with open(beside, "x", encoding="utf-8", newline="\n") as file:
             file.write(table.to_json())
             file.flush()
@@ -127,6 +141,14 @@ def _write(path: Path, table: Table) -> None:
                 if not left:
                     raise
                 time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name for a new file in the same folder, which is gone afterwards."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield beside
     finally:
         with contextlib.suppress(OSError):
             os.unlink(beside)
@@ -166,7 +188,8 @@ def _tidy(path: Path) -> None:
             left.unlink()
 
 
-def _why(error: OSError) -> str:
+def why(error: OSError) -> str:
+    """In words."""
     return error.strerror or str(error) or type(error).__name__  # and not the path, which may have a name in it
 
 

@@ -133,3 +133,10 @@ def front(trials: Iterable[Trial]) -> Iterator[Trial]:
 def about_as_fast(trial: Trial, other: Trial) -> bool:
     """Whether it is clear that neither is faster."""
     return trial.faster_than(other) is False and other.faster_than(trial) is False
+
+
+def least_difference(compared: Iterable[Trial]) -> float | None:
+    """How many times as long as another a setting must take for all rounds that count to say so: what they differ by
+    among themselves, as a rule, and what is worth a change."""
+    spreads = [trial.rounds[-1] / trial.rounds[0] for trial in compared if trial.rounds]
+    return statistics.median(spreads) / WORTH_CHANGING if spreads else None
