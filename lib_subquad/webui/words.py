@@ -15,6 +15,8 @@ from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.rows import grouped
+from ..lab.explain.words import SET_FOR_SOME as SET_FOR_SOME
+from ..lab.explain.words import SET_IN_VAIN as SET_IN_VAIN
 from ..lab.explain.words import layers_in_words, size_in_words
 from ..lab.survey import doctor
 from ..plan import goes_by_measurements
@@ -72,6 +74,12 @@ IN_ONE = "{kernel} in its one layer, at most {memory} at a time."
 IN_SOME = "{kernels}, at most {memory} at a time."
 IN = "{kernel} in {layers} layers"
 NOTHING_TO_GAIN = "Nothing to gain."
+NOT_MEASURED_YET = "Not measured yet: the engines are timed before the first image of this size, for up to {seconds} s."
+NOT_MEASURED = "By rules there is nothing to gain; with your settings nothing is measured."
+NOT_TOLD = "By rules there is nothing to gain; measuring could not tell."
+BESIDE_OTHERS = (
+    "Nothing was clearly faster, but other programs disturbed the measurement: it is made again after the next start."
+)
 NO_KERNEL = "no layer has a fused kernel, because {why}."
 FEW_KERNELS = "{count} of {shapes} shapes run without a fused kernel, because {why}."
 TOO_LARGE = "this does not fit. A call of attention takes {needed}, and the memory limit leaves {limit}."
@@ -79,6 +87,7 @@ NOT_SERVED = "{model}: no attention layer that subquad serves."
 NOT_ACTIVE = "{is_so}: {why}"
 AS_TOLD = "{sentence}"
 
+CHOOSE_ENGINE = "Set the engine to automatic, or to one that can."
 MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Measure tells which is faster."
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."

@@ -110,6 +110,15 @@ def test_what_pytorch_says_of_a_driver_is_told():
         arguments.usable("cuda")
 
 
+@pytest.mark.parametrize("command", ["plan", "doctor"])
+def test_an_engine_that_is_set_in_vain_is_told(command, unet_header, tmp_path, capsys):
+    given = ["--checkpoint", str(unet_header), "--device", "cpu", "--table", str(tmp_path / "table.json")]
+    assert command_line.main([command, *given, "--engine", "xformers"]) == 0
+    assert "The engine is set to xformers, which computes nothing here: xformers " in capsys.readouterr().out
+    assert command_line.main([command, *given, "--engine", "portable"]) == 0
+    assert "The engine is set" not in capsys.readouterr().out
+
+
 def test_a_size_that_is_computed_smaller_is_told(unet_header, capsys):
     plan = ["plan", "--checkpoint", str(unet_header), "--device", "cpu", "--size"]
     assert command_line.main([*plan, "500x520"]) == 0

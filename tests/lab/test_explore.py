@@ -267,6 +267,17 @@ def test_the_pareto_front_holds_what_nothing_beats(made_up_times):
 # --------------------------------------------------------------------------------------------- what a table keeps of it
 
 
+@pytest.mark.usefixtures("fused_kernel")
+def test_a_row_is_labelled_with_the_engine_that_computed(made_up_times):
+    """xFormers has no kernels for a CPU, installed or not."""
+    explored = finished(exploration(Settings(engine="xformers")))
+    mine = explored.today()
+    assert mine.settings.engine == "xformers" and mine.set_in_vain and mine.computed == ("fused",)
+    assert mine.label == "fused auto x auto" and "xformers is set, but computed nothing" in explored.remarks(mine)
+    others = [trial for trial in (*explored.trials, *explored.tried) if trial is not mine]
+    assert not any(trial.set_in_vain or "xformers" in trial.label for trial in others)
+
+
 @pytest.fixture
 def table():
     before = order.table()

@@ -10,7 +10,7 @@ import argparse
 from ...console import say
 from .. import tables
 from ..explain.rows import grouped
-from ..explain.words import layers_in_words
+from ..explain.words import engine_in_words, layers_in_words
 from ..survey import doctor, reasons
 from . import kept, question
 
@@ -47,7 +47,7 @@ def _of_checkpoint(arguments: argparse.Namespace) -> int:
     say(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
     shown = ("Where", "Layers", "Tokens", "Heads", "Engine", "Why")
     cells = [{name: text for name, text in group.cells().items() if name in shown} for group in grouped(rows)]
-    return _tell(cells, found, *asked.notes)
+    return _tell(cells, found, *engine_in_words(asked.settings.engine, rows), *asked.notes)
 
 
 def _tell(cells: list[dict[str, str]], found: doctor.Diagnosis, *notes: str) -> int:

@@ -9,6 +9,7 @@ from ...console import UserError
 from ...engines import order
 from .. import tables
 from ..explain.question import Question
+from ..explain.words import engine_in_words
 from ..tune.exploration import Exploration
 from ..tune.picture import draw
 from ..tune.trials import TUNED, Trial
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
     finally:
         print(tables.for_reading(_table_rows(exploration), left={"Setting", ""}))
-        print("\n" + "\n".join([*_conclusions(exploration), *[disturbed] * bool(disturbed), *asked.notes]))
+        engine = engine_in_words(asked.settings.engine, exploration.rows)
+        print("\n" + "\n".join([*_conclusions(exploration), *engine, *[disturbed] * bool(disturbed), *asked.notes]))
     found = exploration.found()
     if found and not why_not:
         print(kept.add(arguments, order.machine(asked.device), found))
@@ -157,6 +159,7 @@ def _as_json(asked: Question, exploration: Exploration) -> dict[str, Any]:
         "trials": [
             {name: getattr(trial.settings, name) for name in TUNED}
             | {
+                "computed": trial.computed,
                 "seconds": trial.seconds,
                 "repeats": trial.repeats,
                 "peak_bytes": trial.peak_bytes,

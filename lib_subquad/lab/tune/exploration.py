@@ -146,6 +146,7 @@ class Exploration:
             ("no clear difference", faster == (False, False)),
             ("over the memory limit", not trial.fits),
             ("inexact", trial.settings.engine in order.inexact()),
+            (f"{trial.settings.engine} is set, but computed nothing", trial.set_in_vain),
         )
         return [words for words, true in said if true]
 
@@ -380,7 +381,9 @@ class Exploration:
         first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))
         peaks = [statistics.median(peak for _, peak in runs_of_call) for runs_of_call in runs]
         fits = all(peak <= self._limits[problem] for peak, (problem, _) in zip(peaks, calls))
-        trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits)
+        matter = [plan.engine for row, (_, plan) in zip(self.rows, calls) if self._matters(row)]
+        computed = tuple(dict.fromkeys(matter))
+        trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits, computed=computed)
         rounds = self._rounds(calls)
         return trial.in_rounds(rounds) if len(rounds) > 1 else trial
 
