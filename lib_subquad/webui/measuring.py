@@ -66,6 +66,7 @@ def forget() -> int:
     """Go by the fixed rules until it is measured anew: how many findings there were."""
     count = len(known())
     file.forget(_path(), order.machine(host().device()))
+    status.measuring("")  # what the status line told of it
     _begin_anew()
     return count
 

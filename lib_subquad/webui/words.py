@@ -18,6 +18,7 @@ from ..lab.explain.rows import grouped
 from ..lab.explain.words import SET_FOR_SOME as SET_FOR_SOME
 from ..lab.explain.words import SET_IN_VAIN as SET_IN_VAIN
 from ..lab.explain.words import layers_in_words, size_in_words
+from ..lab.measured.words import calls_in_words, found_in_words
 from ..lab.survey import doctor
 from ..plan import goes_by_measurements
 from ..settings import Option, Settings, shown
@@ -55,6 +56,9 @@ FORGETTING = (
     "takes the fastest from then on. They are timed again when the device, its driver or torch changes. If other "
     "programs were busy meanwhile, forget what was measured: it is measured anew before the next image."
 )
+
+FINDINGS = "What was measured on this device:"
+NOTHING_MEASURED = "Nothing has been measured on this device yet."
 
 # ------------------------------------------------------------------------------------------------- the first sentence
 
@@ -189,6 +193,7 @@ CSS = f"""
 @container subquad-many (max-width: 860px) {CARDS}
 .subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
 .subquad-words dt {{font-weight: 600; margin-top: .4em}}
+ul.subquad-words {{padding-inline-start: 1.2em; list-style: disc}}
 .subquad-words dd {{margin-inline-start: 1em}}
 #subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb !important;
                                                                     outline-offset: 1px}}
@@ -196,6 +201,9 @@ CSS = f"""
 #subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
 #subquad_page .label-wrap .icon {{flex: none; width: 1.5em; height: 1.5em; line-height: 1.5em;
                                   text-align: center}}  /* a square, which takes no more room when it is turned */
+/* What gradio shows of progress itself, and keeps room for: there is a bar of ours. */
+#subquad_page .wrap.generating {{display: none !important}}
+#subquad_page .min {{min-height: 0 !important}}
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """
@@ -306,6 +314,17 @@ def measured(found: Mapping[Class, Found], settings: Settings) -> str:
     kinds = f"{len(found)} {_plural('kind', len(found))} of calls, {faster or 'none'} of them faster than by rules."
     unused = "" if goes_by_measurements(settings) else " It is not used: your settings choose otherwise."
     return line(f"{term('Measured on this device')}: {kinds}{unused}")
+
+
+def findings(found: Mapping[Class, Found]) -> str:
+    """What Forget would forget, a line for each kind of call, as the command `order` tells it."""
+    if not found:
+        return line(NOTHING_MEASURED)
+    told = "".join(
+        f"<li><bdi>{escape(calls_in_words(calls))}: {escape(found_in_words(it))}</bdi></li>"
+        for calls, it in found.items()
+    )
+    return f'{line(FINDINGS)}<ul class="subquad-words" dir="auto">{told}</ul>'
 
 
 def kept_setting(option: Option, word: str) -> str:

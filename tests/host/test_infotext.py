@@ -187,6 +187,19 @@ def test_an_engine_that_computed_nothing_is_not_the_images(subquad, capsys):
     assert recorded(subquad, "automatic", fused, portable) == {}
 
 
+def test_an_engine_that_gave_way_is_told_with_what_was_wrong(subquad, capsys):
+    subquad.infotext._said.clear()
+    mine = ("it is set, and SageAttention takes these sizes",)
+    plans = Plan("sage", 64, 64, 1, 1000, mine), Plan("fused", 64, 64, 1, 1000, (*mine, "it gave NaN"), reruns=1)
+    written = recorded(subquad, "sage", *plans)
+    assert written == {
+        "Subquad engine": "sage",
+        "Subquad computed": "sage; fused",
+        "Subquad exact reruns": 1,
+    }
+    assert "the engine is set to sage, but fused computed some of the calls: it gave NaN\n" in capsys.readouterr().out
+
+
 def test_who_computed_is_written_so_that_it_is_read_back(subquad):
     """Released names stay, and pasting sets the engine that made the image."""
     written = recorded(subquad, "xformers", Plan("fused", 64, 64, 1, 1000, NOT_INSTALLED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from types import SimpleNamespace
@@ -377,8 +378,25 @@ def test_forgetting(data_folder, measured, loaded):
     assert call_queue.queue_lock.acquire(blocking=False)
     call_queue.queue_lock.release()
     assert not json.loads((data_folder / file.NAME).read_text(encoding="utf-8"))["machines"]
+    for told in (LABORATORY.status(), loaded.status.summary()):
+        assert "Measured for" not in told and "Last generation" in told
     generate()
     assert len(measured.times) == 2
+
+
+def test_what_was_measured_is_shown_as_the_command_shows_it(measured, loaded):
+    from lib_subquad.lab.measured.words import calls_in_words, found_in_words
+    from lib_subquad.webui import measuring, tab
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    assert re.sub("<[^>]*>", "", LABORATORY.findings()) == "Nothing has been measured on this device yet."
+    generate()
+    (found,) = [it for it in tab._look("the loaded checkpoint", 64, 64, 1, None) if "What was measured" in str(it)[:80]]
+    shown = [html.unescape(line) for line in re.findall("<li><bdi>(.*?)</bdi></li>", found)]
+    assert shown == [f"{calls_in_words(calls)}: {found_in_words(it)}" for calls, it in measuring.known().items()]
+    assert "portable in tiles of 64 x 128, 1.50 times as fast as the rules' choice" in shown[0]
+    LABORATORY.forget()
+    assert "<li>" not in LABORATORY.findings()
 
 
 def test_one_true_measurement(loaded, data_folder, monkeypatch):
