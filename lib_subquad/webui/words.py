@@ -53,8 +53,9 @@ INTRODUCTION = (
 )
 FORGETTING = (
     "Before the first image of a new size the exact engines are timed on this device for a few seconds, and automatic "
-    "takes the fastest from then on. They are timed again when the device, its driver or torch changes. If other "
-    "programs were busy meanwhile, forget what was measured: it is measured anew before the next image."
+    "takes the fastest from then on. They are timed again when the device, its driver or torch changes, and "
+    "after the next start where nothing was clearly faster while other programs were busy. Forget what was measured to "
+    "have all of it measured anew before the next image."
 )
 
 FINDINGS = "What was measured on this device:"
