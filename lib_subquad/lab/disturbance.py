@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 # Less than this is nothing to speak of: of the processors, and beyond what repeated calls take at best.
 SHARE, LONGER = 0.1, 1.1
 MANY = 10  # times as long
@@ -23,6 +25,11 @@ class Disturbance:
     def felt(self) -> bool:
         """Whether that is anything to speak of."""
         return self.longer >= LONGER or (self.share or 0.0) >= SHARE
+
+    def hides_something(self, device: torch.device) -> bool:
+        """Whether something that is faster on this device may look as if it were not. An accelerator computes by
+        itself, whatever the processors do meanwhile."""
+        return self.felt if device.type == "cpu" else self.longer >= LONGER
 
     def _how_many(self) -> str:
         """What one short call lost to another program is no measure of the others."""

@@ -90,7 +90,7 @@ def test_calls_in_words(calls, words):
         (Found("one"), "nothing was clearly faster than the rules' choice"),
         (
             Found("one", disturbed=True),
-            "nothing was clearly faster than the rules' choice beside other programs, and is to be measured again",
+            "nothing was clearly faster than the rules' choice while other programs ran: it is measured again",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_what_other_programs_did_is_told_and_no_tie_is_believed(main, path, chec
     made_up.disturbance = Disturbance(0.4, 1.5, 1.12)
     made_up.finds = lambda number: Found("fused").beside_others() if number < 3 else Found(LAST, margin=1.3)
     status, told = main("--measure", checkpoint, "--size", "256")
-    assert status == 0 and told.count("nothing was clearly faster than the rules' choice beside other programs") == 2
+    assert status == 0 and told.count("nothing was clearly faster than the rules' choice while other programs ran") == 2
     assert (
         "Other programs took 40 % of the processor: times were about 1.5 times as long, and what differs by less than "
         "12 % cannot be told apart. 2 kinds of call were disturbed by other programs: before an image they are "

@@ -198,6 +198,13 @@ def test_what_disturbed_it_in_words(disturbance, sentence):
     assert disturbance.sentence(past=True) == sentence
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_busy_processors_hide_nothing_on_an_accelerator(device):
+    device = torch.device(device)
+    assert Disturbance(0.4, 1.0).hides_something(device) is (device.type == "cpu")
+    assert Disturbance(0.0, 1.2).hides_something(device) and not Disturbance(0.05, 1.05).hides_something(device)
+
+
 def test_what_can_be_told_apart_is_what_would_be_told():
     """A setting that is faster by more is clearly faster, one that is faster by less is not."""
     rounds = [1.0 + number / 100 for number in range(COUNTING)]

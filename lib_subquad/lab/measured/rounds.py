@@ -166,7 +166,8 @@ def _chosen(problem: Problem, settings: Settings, until: float, watch: Watch) ->
             comparison.run()
         watch.rounds += [comparison.seconds] * bool(comparison.seconds)
         chosen = comparison.chosen()
-        return chosen.beside_others() if chosen is not None and watch.disturbance().felt else chosen
+        hidden = watch.disturbance().hides_something(problem.device)
+        return chosen.beside_others() if chosen is not None and hidden else chosen
     except Exception as error:  # no memory for tensors of these sizes; or a device that computes nothing any more
         if not devices.is_out_of_memory(error):
             console.warn(f"[subquad] engines cannot be measured: {error}")

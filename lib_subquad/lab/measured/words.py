@@ -34,7 +34,7 @@ def _rest(calls: Class) -> str:
 def found_in_words(found: Found) -> str:
     """Such as "portable in tiles of 512 x 1024, 1.30 times as fast as the rules' choice"."""
     if found.margin <= 1:
-        again = " beside other programs, and is to be measured again" if found.disturbed else ""
+        again = " while other programs ran: it is measured again" if found.disturbed else ""
         return f"nothing was clearly faster than the rules' choice{again}"
     return f"{found.engine}{_tiles(found)}, {found.margin:.2f} times as fast as the rules' choice"
 

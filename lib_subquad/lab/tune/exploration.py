@@ -176,7 +176,7 @@ class Exploration:
         before it is complete. That nothing was clearly faster is to be measured again where other programs disturbed
         it."""
         found: dict[Class, Found] = {}
-        disturbed = self.disturbance().felt
+        disturbed = self.disturbance().hides_something(self.device)
         for row in self.rows[::-1] if self.complete else ():  # of a class the costliest shape
             seconds = self._seconds_of_candidates(row.problem)
             chosen = choose(seconds) if len(seconds) > 1 else None
