@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from demo.host import change_setting, install_modules, start
+from demo.host import cache_folder, change_setting, install_modules, keep_data_in, start
 from demo.inputs import check_output, check_steps, parse_setting, parse_size
 from lib_subquad.console import UserError, say
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from modules.shared_cmd_options import cmd_opts
 
     vars(cmd_opts).update((name, value) for name, value in vars(args).items() if hasattr(cmd_opts, name))
+    keep_data_in(args.data_dir or cache_folder())
     start(args.checkpoint, args.optimizer)
     from modules import shared
 
@@ -83,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", default="256", help="256 or 512x384, multiples of 64 (default: 256)")
     parser.add_argument("--steps", type=int, default=8, help="sampling steps (default: 8)")
+    parser.add_argument(
+        "--data-dir",
+        metavar="FOLDER",
+        help="where what was measured is kept for the next time (default: your cache folder, where the command line "
+        "keeps it; without platformdirs it is not kept)",
+    )
     parser.add_argument("--port", type=int, default=7861, help="of the page (default: 7861)")
     cmd_args.add_arguments(parser.add_argument_group("flags of the web UI"))
     return parser

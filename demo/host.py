@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 from lib_subquad.console import UserError
+from lib_subquad.lab.commands import kept
 
 
 def install_modules() -> None:
@@ -24,6 +26,20 @@ def install_modules() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["modules"] = module
     spec.loader.exec_module(module)
+
+
+def cache_folder() -> Path | None:
+    """Where `python -m lib_subquad` keeps what was measured; None where nobody knows that folder."""
+    path = kept.path(argparse.Namespace(table=None))
+    return None if path is None else path.parent
+
+
+def keep_data_in(folder: str | Path | None) -> None:
+    """The web UI's data folder, before `start`; without one nothing is kept."""
+    from modules import paths_internal
+
+    if folder is not None:
+        paths_internal.data_path = str(Path(folder).absolute())
 
 
 def start(checkpoint: str | None = None, optimizer: str = "Automatic") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lib_subquad.checkpoint.heads import Heads
 from lib_subquad.console import UserError
 from lib_subquad.lab.bench.capture import unet_architecture
 
@@ -23,7 +24,7 @@ class Architecture:
     embed_dim: int
 
 
-def architecture(shapes: Shapes, heads: int = SD1_HEADS) -> Architecture:
+def architecture(shapes: Shapes, heads: Heads = Heads(count=SD1_HEADS)) -> Architecture:
     """Read the architecture off a checkpoint's shapes. The number of heads leaves no trace in them.
 
     Raises:
@@ -47,14 +48,14 @@ def _refuse_other_layouts(shapes: Shapes) -> None:
         raise UserError(f"checkpoint is not in the SD 1 layout: no tensor's name starts with {UNET}")
 
 
-def _unet(shapes: Shapes, heads: int) -> dict:
+def _unet(shapes: Shapes, heads: Heads) -> dict:
     own = {name[len(UNET) :]: shape for name, shape in shapes.items() if name.startswith(UNET)}
     found = unet_architecture(own)
     if found["in_channels"] != 4:
         raise UserError(
             f"checkpoint's U-Net takes {found['in_channels']} channels; this demo makes images with 4, from text"
         )
-    return {**found, "num_heads": heads}
+    return {**found, "num_heads": heads.count or -1, "num_head_channels": heads.width or -1}
 
 
 def _decoder(shapes: Shapes) -> dict:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import re
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from demo.layout import SD1_HEADS, UNET, VAE, Architecture, architecture
+from lib_subquad.checkpoint.heads import Heads, from_yaml
 from lib_subquad.console import UserError
 
 # the layers of ldm announce themselves on stdout
@@ -149,13 +151,11 @@ def load_checkpoint(path: str) -> LatentDiffusion:
                 parameter.copy_(file.get_tensor(key))
     except SafetensorError as e:
         raise UserError(f"checkpoint {path!r} is not a safetensors file: {e}") from e
+    model.sd_checkpoint_info = SimpleNamespace(filename=os.path.abspath(path))  # as the web UI tells of its models
     return model
 
 
-def _heads_beside(path: str) -> int:
-    # the web UI, too, takes a model's configuration from the .yaml next to it
-    config = Path(path).with_suffix(".yaml")
-    if not config.is_file():
-        return SD1_HEADS
-    found = re.search(r"^\s*num_heads:\s*(\d+)\s*$", config.read_text(encoding="utf8"), re.MULTILINE)
-    return int(found[1]) if found else SD1_HEADS
+def _heads_beside(path: str) -> Heads:
+    """As the model's configuration beside it has them, which the web UI and the tab go by as well."""
+    heads, _ = from_yaml(Path(path).with_suffix(".yaml"))
+    return heads or Heads(count=SD1_HEADS)

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -34,18 +35,18 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    demo = subprocess.Popen(
-        [sys.executable, "-m", "demo", "--port", str(port), "--set", "subquad_query_chunk=128"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}/"
-        _wait_for(url)
-        photograph(url, arguments.folder, arguments.chromium)
-    finally:
-        demo.terminate()
-        demo.wait()
+    with tempfile.TemporaryDirectory() as data:  # the pictures show nothing that was measured before
+        options = ["--port", str(port), "--data-dir", data, "--set", "subquad_query_chunk=128"]
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "demo", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            url = f"http://127.0.0.1:{port}/"
+            _wait_for(url)
+            photograph(url, arguments.folder, arguments.chromium)
+        finally:
+            demo.terminate()
+            demo.wait()
     (arguments.folder / NOTE).write_text(json.dumps(said(), indent=1) + "\n", encoding="utf-8")
     return 0
 

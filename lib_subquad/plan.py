@@ -131,7 +131,7 @@ def plan_problem(problem: Problem, settings: Settings, free_bytes: int | None = 
     if problem.grad and problem.queries and settings.checkpointing == "never":
         made = _keeping_scores(problem, made, share)
     why = passed_over or [order.named(made.engine).WHY]
-    return replace(made, reasons=(*why, *made.reasons))
+    return replace(made, reasons=(*why, *_tie(problem, settings), *made.reasons))
 
 
 def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[str]]:
@@ -141,7 +141,7 @@ def _walk(problem: Problem, settings: Settings, limit: int) -> tuple[Plan, list[
     if found is not None:
         passed_over = [f"measured on this device: {found.margin:.2f} times as fast as what rules would take"]
     else:
-        passed_over = [f"the engine is set to {wanted[0].NAME}"] if wanted[0] is not order.engines()[0] else []
+        passed_over = [_set_to(wanted[0].NAME)] if wanted[0] is not order.engines()[0] else []
     for engine in wanted:
         reasons = why_not(engine, problem, settings)
         made = _of(engine, problem, settings, limit, found)
@@ -163,8 +163,37 @@ def _is_its_tile(found: Found, made: Plan, problem: Problem) -> bool:
 def measured(problem: Problem, settings: Settings) -> Found | None:
     """What was measured on this device to be faster for such calls than the fixed order's choice, unless the user has
     chosen otherwise."""
-    found = order.found(problem) if goes_by_measurements(settings) else None
+    found = _known(problem, settings)
     return found if found is not None and found.margin > 1 else None
+
+
+def _known(problem: Problem, settings: Settings) -> Found | None:
+    return order.found(problem) if goes_by_measurements(settings) else None
+
+
+def _tie(problem: Problem, settings: Settings) -> list[str]:
+    """That it was measured and came to what rules take, in words; nothing where it did not."""
+    found = _known(problem, settings)
+    if found is None or found.margin > 1:
+        return []
+    others = " beside other programs" if found.disturbed else ""
+    return [f"measured on this device{others}: nothing is clearly faster"]
+
+
+def _set_to(engine: str) -> str:
+    return f"the engine is set to {engine}"
+
+
+def why_another(made: Plan, engine: str) -> str:
+    """Why this plan's engine computes and not the one that is set, in words; empty where it does, or none is set."""
+    if engine in ("automatic", made.engine):
+        return ""
+    own = [
+        _set_to(engine),
+        *(it.WHY for it in order.engines() if it.NAME == engine),
+    ]  # of one that gave way: the latter
+    reasons = [reason for reason in made.reasons if reason not in own] or ["it gave way"]
+    return reasons[-1] if made.retries or made.reruns else reasons[0]
 
 
 def goes_by_measurements(settings: Settings) -> bool:

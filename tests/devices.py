@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 
 import lib_subquad
 from lib_subquad import device as devices
-from lib_subquad.lab import machine
+from lib_subquad.console import UserError
+from lib_subquad.lab.commands import arguments
 from tests import stand_in
 
 HELP = "where tests of numbers compute: cpu, cuda, cuda:1, mps, xpu, or a stand-in of tests/stand_in.py"
@@ -37,13 +38,10 @@ def use(name: str) -> None:
     _stands_in = name in stand_in.NAMES
     if _stands_in and stand_in.why_not():
         raise pytest.UsageError(stand_in.why_not())
-    machine.bring_backend(name)
     try:
-        _device = stand_in.device(name) if _stands_in else torch.device(name)
-        torch.ones(8, device=_device).sum().item()
-    except Exception as error:  # what a missing device raises differs from one to the next
-        others = ", ".join(map(repr, stand_in.NAMES))
-        raise pytest.UsageError(f"--device {name!r}: {error}\n(the stand-ins are {others})") from error
+        _device = stand_in.device(name) if _stands_in else arguments.usable(name)
+    except UserError as error:
+        raise pytest.UsageError(f"{error}, and as stand-ins {', '.join(stand_in.NAMES)}") from error
 
 
 def device() -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from lib_subquad import device as devices
 from lib_subquad.checkpoint import AttentionLayer, Checkpoint, from_shapes
 from lib_subquad.console import UserError
 from lib_subquad.device import GIB, MIB
-from lib_subquad.engines import fused
+from lib_subquad.engines import fused, order, portable
+from lib_subquad.engines.table import Found, class_of
 from lib_subquad.lab.explain.question import Question
+from lib_subquad.lab.measured import rounds
 from lib_subquad.lab.survey import doctor
 from lib_subquad.webui.answer import answer
 from lib_subquad.webui.status import Standing
@@ -59,7 +62,8 @@ def test_fused_everywhere(fused_kernel):
     found = told(question())
     assert str(found) == (
         "SDXL base at 1024 × 1024 on a <b>card</b>: PyTorch's fused kernel in all 142 layers, at most "
-        f"{max(row.plan.workspace_bytes for row in question().rows()) / MIB:.1f} MiB at a time. Nothing to gain."
+        f"{max(row.plan.workspace_bytes for row in question().rows()) / MIB:.1f} MiB at a time. Not measured "
+        "yet: the engines are timed before the first image of this size, for up to 5 s."
     )
     assert found.step is None and found.can_measure and not found.may_gain
 
@@ -95,8 +99,78 @@ def test_what_the_user_chose_is_no_reason_to_say_that_nothing_can_be_gained(fuse
 
 
 def test_a_choice_that_comes_to_the_same_is_none(fused_kernel):
-    for settings in (Settings(query_chunk=16384), Settings(engine="fused"), Settings(memory_limit=50)):
-        assert str(told(question("sd15", 512, settings=settings))).endswith("Nothing to gain.")
+    for settings in (Settings(query_chunk=16384), Settings(engine="fused"), Settings(measure=False)):
+        assert str(told(question("sd15", 512, settings=settings))).endswith(
+            " at a time. By rules there is nothing to gain; with your settings nothing is measured."
+        )
+    assert "Not measured yet" in str(told(question("sd15", 512, settings=Settings(memory_limit=50))))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(finding): what is known of every kind of call."""
+
+    def know(found):
+        monkeypatch.setattr(order, "found", lambda problem: found)
+
+    rounds.forget()
+    yield know
+    rounds.forget()
+
+
+def test_nothing_is_said_to_gain_nothing_before_it_was_measured(fused_kernel, measured):
+    asked = question("sd15", 512)
+    assert str(told(asked)).endswith("Not measured yet: the engines are timed before the first image of this size, "
+                                     "for up to 5 s.")  # fmt: skip
+    measured(Found("fused"))
+    assert str(told(asked)).endswith(" at a time. Nothing to gain.")
+    measured(Found("fused").beside_others())
+    assert "Not measured yet" in str(told(asked))  # not well enough
+    rounds._tried.update((order.machine(row.problem.device), class_of(row.problem)) for row in asked.rows())
+    assert str(told(asked)).endswith(
+        "Nothing was clearly faster, but other programs disturbed the measurement: it is made again after the next "
+        "start."
+    )
+    measured(None)
+    assert str(told(asked)).endswith("By rules there is nothing to gain; measuring could not tell.")
+
+
+def test_where_there_is_one_way_there_is_nothing_to_gain(fused_kernel, monkeypatch):
+    monkeypatch.setattr(rounds, "candidates", lambda problem, settings: {None: settings})
+    for settings in (Settings(), Settings(measure=False)):
+        assert str(told(question("sd15", 512, settings=settings))).endswith(" at a time. Nothing to gain.")
+
+
+def test_an_engine_that_is_set_in_vain_comes_first(fused_kernel):
+    """Whatever else there is to say."""
+    order.register(not_installed(), before="portable")
+    try:
+        found = told(question("sd15", 512, settings=Settings(engine="absent")))
+        assert str(found).startswith(
+            "The engine is set to absent, which computes nothing here: absent is not installed. Stable Diffusion 1.x "
+            "at 512 × 512 on "
+        )
+        assert str(found.step) == "Set the engine to automatic, or to one that can."
+        assert "othing to gain" not in str(found) and "PyTorch's fused kernel in all 34 layers" in str(found)
+        large = told(question("sd15", 4096, free=100 * MIB, settings=Settings(engine="absent")))
+        assert str(large).startswith("The engine is set to absent,") and "does not fit" in str(large)
+    finally:
+        order.withdraw("absent")
+
+
+def test_an_engine_that_is_set_and_does_some_of_it(fused_kernel, no_kernel):
+    found = str(told(question(settings=Settings(engine="fused"))))
+    assert found.startswith(
+        "The engine is set to fused, which computes 140 of 142 layers. For the others: PyTorch has no fused kernel for "
+        "heads 512 wide. SDXL base at"
+    )
+    assert "The engine is set" not in str(told(question(settings=Settings(engine="portable"))))
+    assert "The engine is set" not in str(told(question()))
+
+
+def not_installed():
+    return SimpleNamespace(**vars(portable) | {"NAME": "absent", "why_not": lambda problem: ["absent is not installed"],
+                                               "installed": lambda: False})  # fmt: skip
 
 
 def test_an_image_that_does_not_fit(fused_kernel):
@@ -167,7 +241,6 @@ def test_one_layer_is_told_as_one_and_many_images_as_many(fused_kernel):
 def test_what_was_measured_is_told_beside_the_fused_kernel(fused_kernel, monkeypatch):
     from dataclasses import replace
 
-    from lib_subquad.engines.table import Found
     from lib_subquad.lab.explain import question as module
 
     plan_problem = module.plan_problem

@@ -11,7 +11,7 @@ import torch
 from lib_subquad import Settings, attention, identity, plan
 from lib_subquad.engines import order, portable
 from lib_subquad.engines.table import Found, Machine, Table, class_of
-from lib_subquad.plan import limit_bytes, plan_problem
+from lib_subquad.plan import limit_bytes, plan_problem, why_another
 from lib_subquad.problem import Problem
 from tests.threads import torch_threads
 
@@ -86,8 +86,15 @@ def test_that_the_rules_are_the_fastest_changes_nothing():
     order.engines()[0].why_not = lambda problem: ["it is too wide"]
     by_rules = planned()
     assert chosen(by_rules) == ("two", ("it is too wide",))
-    measured(Found("two"))
-    assert order.found(PROBLEM) == Found("two") and planned() == by_rules
+    for found, words in (
+        (Found("two"), "measured on this device: nothing is clearly faster"),
+        (Found("two").beside_others(), "measured on this device beside other programs: nothing is clearly faster"),
+    ):
+        measured(found)
+        assert order.found(PROBLEM) == found
+        assert planned() == replace(by_rules, reasons=("it is too wide", words))
+    for other in (Settings(measure=False), Settings(engine="two"), Settings(query_chunk=64)):
+        assert not any("measured" in reason for reason in planned(other).reasons)
 
 
 def test_of_other_classes_nothing_is_known():
@@ -181,6 +188,18 @@ def test_where_nothing_is_to_be_measured_nothing_measured_is_gone_by():
     by_rules = planned()
     measured(Found("two", 128, 128, 1.3))
     assert planned(Settings(measure=False)) == by_rules and planned().engine == "two"
+
+
+def test_why_another_engine_than_the_one_that_is_set():
+    order.engines()[1].why_not = lambda problem: ["it is too wide"]
+    order.engines()[0].why_not = lambda problem: ["it is too narrow"]
+    for engine, why in (
+        ("two", "it is too wide"),
+        ("one", "it is too narrow"),  # the first one, of which no plan says that it is set
+        ("three", ""),
+        ("automatic", ""),
+    ):
+        assert why_another(planned(Settings(engine=engine)), engine) == why
 
 
 @pytest.mark.parametrize("limit", [1, 5, 70])

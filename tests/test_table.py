@@ -132,7 +132,7 @@ words = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Co", "Cn", 
 machines = st.builds(Machine, *[words] * 5)
 powers, chunks = st.integers(0, 40), st.one_of(st.just(0), st.integers(table.SMALLEST_CHUNK, 16384))
 classes = st.builds(Class, words, words, st.integers(0, 512), st.integers(0, 512), words, powers, powers, powers)
-findings = st.builds(Found, words, chunks, chunks, st.floats(1, 1e6))
+findings = st.builds(Found, words, chunks, chunks, st.floats(1, 1e6), st.just(False))
 tables = st.dictionaries(machines, st.dictionaries(classes, findings, max_size=5), max_size=4).map(Table)
 
 
@@ -159,6 +159,21 @@ def test_the_fullest_table_is_read():
     assert len(full.machines) == table.MOST_MACHINES
     assert {len(its) for its in full.machines.values()} == {table.MOST_FOUND}
     assert Table.from_json(full.to_json()) == full
+
+
+def test_a_table_of_before_is_read():
+    """It says nothing of disturbances."""
+    older = json.loads(Table().with_found(HERE, {CALLS: PORTABLE}).to_json())
+    del older["machines"][0]["found"][0]["disturbed"]
+    assert Table.from_json(json.dumps(older)).found(HERE, CALLS) == PORTABLE
+
+
+def test_what_was_disturbed_takes_the_place_of_nothing_that_was_not():
+    tie = Found("fused").beside_others()
+    assert tie.disturbed and PORTABLE.beside_others() == PORTABLE
+    for known, then, expected in ((PORTABLE, tie, PORTABLE), (Found("fused"), tie, Found("fused")), (tie, tie, tie),
+                                  (tie, PORTABLE, PORTABLE), (tie, Found("fused"), Found("fused"))):  # fmt: skip
+        assert Table().with_found(HERE, {CALLS: known}).with_found(HERE, {CALLS: then}).found(HERE, CALLS) == expected
 
 
 def test_where_there_are_too_many_the_oldest_go():
@@ -227,6 +242,8 @@ BROKEN = {
     "a chunk that is true": changed((*FOUND, "query_chunk"), True),
     "a huge number": changed((*FOUND, "heads"), 10**15),
     "a number without end": changed((*FOUND, "heads"), 0).replace('"heads": 0', '"heads": ' + "9" * 100_000),
+    "a disturbance that is none": changed((*FOUND, "disturbed"), "no"),
+    "a disturbance in numbers": changed((*FOUND, "disturbed"), 1),
     "a margin that is none": changed((*FOUND, "margin"), float("nan")),
     "an infinite margin": changed((*FOUND, "margin"), float("inf")),
     "a margin below one": changed((*FOUND, "margin"), 0.5),

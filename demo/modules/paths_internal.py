@@ -1,4 +1,7 @@
-"""Where things are. The extension's folder is the one that holds the demo. No `data_path`: it keeps nothing."""
+"""Where things are. The extension's folder is the one that holds the demo.
+
+There is no `data_path`, and nothing is kept, unless somebody has given one: see `demo.host.keep_data_in`.
+"""
 
 import os
 

@@ -58,16 +58,22 @@ class Class(NamedTuple):
 @dataclass(frozen=True)
 class Found:
     """The fastest engine, its chunk sizes (0: those that it picks itself), and how many times as fast it is as what the
-    fixed order would take: 1 where that is the fastest, or none is clearly faster."""
+    fixed order would take: 1 where that is the fastest, or none is clearly faster. `disturbed`: nothing was, beside
+    other programs that may have hidden it, so that it is to be measured again."""
 
     engine: str
     query_chunk: int = 0
     kv_chunk: int = 0
     margin: float = 1.0
+    disturbed: bool = False
 
     @property
     def has_tile(self) -> bool:
         return bool(self.query_chunk or self.kv_chunk)
+
+    def beside_others(self) -> Found:
+        """The same of a measurement that other programs disturbed: what was clearly faster all the same stays so."""
+        return dataclasses.replace(self, disturbed=True) if self.margin <= 1 else self
 
 
 class Candidate(NamedTuple):
@@ -133,9 +139,15 @@ class Table:
         return self.machines.get(machine, {}).get(calls)
 
     def with_found(self, machine: Machine, found: Mapping[Class, Found]) -> Table:
-        """A table that has these as well; the oldest go where there are too many, and what no file could hold."""
-        new = {calls: it for calls, it in found.items() if _can_be_kept(calls, it)}
-        its = {calls: it for calls, it in self.machines.get(machine, {}).items() if calls not in new} | new
+        """A table that has these as well; the oldest go where there are too many, and what no file could hold. What
+        was disturbed takes the place of nothing that was not."""
+        known = self.machines.get(machine, {})
+        new = {
+            calls: it
+            for calls, it in found.items()
+            if _can_be_kept(calls, it) and not (it.disturbed and calls in known and not known[calls].disturbed)
+        }
+        its = {calls: it for calls, it in known.items() if calls not in new} | new
         its = dict(list(its.items())[-MOST_FOUND:])
         others = [(other, them) for other, them in self.machines.items() if other != machine]
         return Table(dict([*others[1 - MOST_MACHINES :], (machine, its)]))
@@ -161,8 +173,8 @@ class Table:
             raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
         try:
             read = json.loads(text, parse_int=_number)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"it is no JSON ({type(error).__name__})") from None
+        except (ValueError, RecursionError):
+            raise ValueError("it is damaged, or something else wrote it") from None
         given = _fields(read, "the file", format=int, machines=list)
         if given["format"] != FORMAT:
             raise ValueError(f"its format is {shown(given['format'])}; expected {FORMAT}")
@@ -213,8 +225,10 @@ def _found(given: Any) -> tuple[Class, Found]:
             raise ValueError(f"{name} is {read[name]}; expected 0 or at least {SMALLEST_CHUNK}")
     if not 1 <= read["margin"] <= GREATEST_MARGIN:  # NaN is not either
         raise ValueError(f"margin is {shown(read['margin'])}; expected 1 to {GREATEST_MARGIN:.0f}")
+    if not isinstance(disturbed := read.get("disturbed", False), bool):  # which older versions do not write
+        raise ValueError(f"disturbed is {shown(disturbed)}; expected true or false")
     calls = Class(*(read[name] for name in Class._fields))
-    return calls, Found(read["engine"], read["query_chunk"], read["kv_chunk"], float(read["margin"]))
+    return calls, Found(read["engine"], read["query_chunk"], read["kv_chunk"], float(read["margin"]), disturbed)
 
 
 def _fields(given: Any, what: str, **kinds: Any) -> dict[str, Any]:

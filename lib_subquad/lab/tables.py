@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
 from .. import device as devices
 
 NOTHING = "–"
 LONGEST_NOTE = 72
+NARROWEST = 20  # columns
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] = ()) -> str:
@@ -23,6 +26,23 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collecti
 def of_cells(rows: Sequence[Mapping[str, str]], left: Collection[str] = ()) -> str:
     """The same from rows that name their cells, all of them alike."""
     return table(list(rows[0]), [list(row.values()) for row in rows], left)
+
+
+def for_reading(rows: Sequence[Mapping[str, str]], left: Collection[str] = ()) -> str:
+    """The same; on a terminal that is too narrow for it, the cells of each row below one another, in lines that fit."""
+    told, columns = of_cells(rows, left), shutil.get_terminal_size((0, 0)).columns  # 0: it goes to no terminal
+    if not columns or len(told.partition("\n")[0]) <= columns:
+        return told
+    return "\n\n".join("\n".join(_below_one_another(row, max(columns, NARROWEST))) for row in rows)
+
+
+def _below_one_another(row: Mapping[str, str], columns: int) -> list[str]:
+    (_, title), *others = row.items()
+    lines = textwrap.wrap(title, columns)
+    for name, text in others:
+        said = f"{name}: {text}" if name and text else text
+        lines += textwrap.wrap(said, columns, initial_indent="  ", subsequent_indent="    ")
+    return lines
 
 
 def _cell(text: str) -> str:

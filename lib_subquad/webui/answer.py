@@ -9,12 +9,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ..console import UserError
+from ..engines import order
 from ..lab import tables
 from ..lab.explain.question import Question
-from ..lab.explain.rows import Row
+from ..lab.explain.rows import Row, not_by
 from ..lab.explain.words import size
+from ..lab.measured import rounds
 from ..lab.survey import doctor
-from ..plan import plan_problem
+from ..plan import goes_by_measurements, plan_problem
 from . import words
 from .status import Standing
 from .words import Said
@@ -55,7 +57,8 @@ def answer(asked: Question | UserError, standing: Standing, active: bool) -> Ans
     assert isinstance(asked, Question)
     if not rows:
         return Answer((Said(words.NOT_SERVED, model=asked.checkpoint.family),))
-    return _not_fitting(asked, rows) or _computed(asked, rows)
+    found = _not_fitting(asked, rows) or _computed(asked, rows)
+    return replace(found, sentences=(*_set_in_vain(asked, rows), *found.sentences))
 
 
 def _step(told: str) -> Said | None:
@@ -70,6 +73,17 @@ def _subject(asked: Question) -> Said:
     family = asked.checkpoint.family
     model = words.LIKE.format(family=family) if family.startswith("like ") else family
     return Said(words.SUBJECT, model=model, size=images, device=device)
+
+
+def _set_in_vain(asked: Question, rows: list[Row]) -> list[Said]:
+    """Where the engine that is set does not compute all of it."""
+    engine, layers = asked.settings.engine, sum(row.layers for row in rows)
+    others, why = not_by(engine, rows)
+    if not others:
+        return []
+    if others == layers:
+        return [Said(words.SET_IN_VAIN, engine=engine, why=why)]
+    return [Said(words.SET_FOR_SOME, engine=engine, count=layers - others, layers=layers, why=why)]
 
 
 def _not_fitting(asked: Question, rows: list[Row]) -> Answer | None:
@@ -91,7 +105,10 @@ def _not_fitting(asked: Question, rows: list[Row]) -> Answer | None:
 def _computed(asked: Question, rows: list[Row]) -> Answer:
     found = doctor.diagnosis([row.problem for row in rows], asked.settings, asked.free_bytes)
     unfused = [row for row in rows if doctor.lacks_kernel(row.plan)]
-    if _is_own_choice(asked, rows):
+    others, _ = not_by(asked.settings.engine, rows)
+    if others == sum(row.layers for row in rows):
+        step = Said(words.CHOOSE_ENGINE)
+    elif _is_own_choice(asked, rows):
         step = Said(words.MEASURE_OWN)
     elif found.advice:
         step = Said(words.ADVICE, advice=found.advice[0].words)
@@ -99,9 +116,23 @@ def _computed(asked: Question, rows: list[Row]) -> Answer:
         step = Said(words.MEASURE_TILES) if unfused else None
     told = [_subject(asked), _without_kernel(unfused, rows) if unfused else _by_kernels(rows)]
     if step is None:
-        told.append(Said(words.NOTHING_TO_GAIN))
+        told.append(_nothing_to_gain(asked, rows))
     may_gain = bool(unfused) or _is_own_choice(asked, rows)
     return Answer(tuple(told), step, can_measure=True, may_gain=may_gain)
+
+
+def _nothing_to_gain(asked: Question, rows: list[Row]) -> Said:
+    """As far as that is known."""
+    calls = [(row.problem, row.layers) for row in rows]
+    worth = rounds.worth_measuring(calls, asked.settings)
+    if worth and not goes_by_measurements(asked.settings):
+        return Said(words.NOT_MEASURED)
+    if rounds.unknown(calls, asked.settings):
+        return Said(words.NOT_MEASURED_YET, seconds=round(rounds.seconds_for(asked.device)))
+    found = list(map(order.found, worth))
+    if None in found:
+        return Said(words.NOT_TOLD)
+    return Said(words.BESIDE_OTHERS if any(it.disturbed for it in found) else words.NOTHING_TO_GAIN)
 
 
 def _is_own_choice(asked: Question, rows: list[Row]) -> bool:

@@ -79,6 +79,9 @@ class MeasuredRow(BaseModel):
     query_chunk: int = Field(description="0: as the engine picks it, as are those of the keys")
     kv_chunk: int
     margin: float = Field(description="how many times as fast as what rules would take; 1: nothing is clearly faster")
+    disturbed: bool = Field(
+        False, description="other programs ran meanwhile: it is measured again after the next start"
+    )
 
 
 class MeasuredResponse(BaseModel):
@@ -193,6 +196,7 @@ def _measured_row(calls: Class, found: Found) -> MeasuredRow:
         query_chunk=found.query_chunk,
         kv_chunk=found.kv_chunk,
         margin=found.margin,
+        disturbed=found.disturbed,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from .. import memory
+from ..console import say
 from ..engines.table import Found
 from . import options, status
 from .hosts import host
@@ -13,14 +14,17 @@ RETRIES = "Subquad retries"
 MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
 DECODED = "Subquad VAE decoded"  # in bands, or on the processor: last bits differ
+COMPUTED = "Subquad computed"  # all engines that computed an image for which one was set that did not do it alone
+
+_said: set[str] = set()
 
 
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
     # What was said of the image before: the cells of a grid share their parameters.
-    for name in (RETRIES, RERUNS, MEASURED, DECODED, *options.INFOTEXT.values()):
+    for name in (RETRIES, RERUNS, MEASURED, DECODED, COMPUTED, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
-    status.begin(_images(p))
+    status.begin(_images(p), host().settings().engine)
     host().begin(p)
     memory.forget()  # the model may have been moved since
     host().prepare()
@@ -66,8 +70,22 @@ def finish_batch(p) -> None:
         p.extra_generation_params[RERUNS] = seen.reruns
     if seen.bands is not None:
         p.extra_generation_params[DECODED] = "on the processor" if seen.on_processor else "in bands"
+    if instead := status.instead(seen):
+        _tell_who_computed(p, seen)
+        if instead not in _said:
+            _said.add(instead)
+            say(f"[subquad] {instead}")
     if seen.measured:
         p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
+
+
+def _tell_who_computed(p, seen: status.Generation) -> None:
+    """The engine of an image is one that computed it, so that pasting its infotext makes the same again."""
+    engines = [name for name, _ in seen.computed.most_common()]
+    if seen.wanted not in engines:
+        p.extra_generation_params[options.INFOTEXT["engine"]] = engines[0]
+    if len(engines) > 1:
+        p.extra_generation_params[COMPUTED] = "; ".join(engines)
 
 
 def _written(found: Found) -> str:

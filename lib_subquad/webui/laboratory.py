@@ -251,6 +251,10 @@ class Laboratory:
         kept = "".join(words.kept_setting(offered[name], word) for name, word in options.kept().items())
         return line + words.measured(measuring.known(), host().settings()) + kept
 
+    def findings(self) -> str:
+        """What was measured on this device, as HTML."""
+        return words.findings(measuring.known())
+
 
 def _set(wanted: dict[str, object]) -> tuple[str, dict[str, object]]:
     """Write settings as the web UI's own page does: what happened, and the values that were set."""

@@ -90,7 +90,7 @@ def read(path: Path) -> Kept:
 def waiting(data_folder: Path | None) -> list[Path]:
     """The files on the list that are still there, the oldest first. Never raises."""
     found: list[object] = list(_here)
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if data_folder is not None:
             with open(data_folder / LIST, "rb") as file:
                 found += json.loads(file.read(LARGEST_LIST))["files"]

@@ -66,6 +66,7 @@ def forget() -> int:
     """Go by the fixed rules until it is measured anew: how many findings there were."""
     count = len(known())
     file.forget(_path(), order.machine(host().device()))
+    status.measuring("")  # what the status line told of it
     _begin_anew()
     return count
 
@@ -130,7 +131,12 @@ def _in_words(found: Mapping[Class, Found], asked: int, rows: Iterable[Row]) -> 
         among = sum(layers[it] for it in them)
         told.append(f"{how} is {times} times as fast for {among} of {sum(layers.values())} layers")
     if not told:
-        told.append("nothing is faster than what rules take" if found else "nothing could be told, so rules decide")
+        told.append(
+            "nothing is clearly faster than what rules take" if found else "nothing could be told, so rules decide"
+        )
+    if disturbed := sum(it.disturbed for it in found.values()):
+        again = "are measured again after the next start"
+        told.append(f"other programs disturbed {disturbed} of {asked} kinds of calls, which {again}")
     if 0 < len(found) < asked:
         told.append(f"there was no time for {asked - len(found)} of {asked} kinds of calls, which go on by rules")
     return "; ".join(told)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..engines.table import Found
-from ..plan import Plan
+from ..plan import Plan, why_another
 from ..retry import RETRY_REASON
 from ..vae import BandPlan
 from ..vae.fallbacks import ON_PROCESSOR
+
+AUTOMATIC = "automatic"  # no engine is set
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,22 @@ class Generation:
 
     `remembered`: some call began with the smaller chunks that an earlier out-of-memory had led to. `served` holds the
     `id` of every place that made a call: a cross-attention layer, or a function that the web UI holds somewhere.
-    `begun`: there was one, so that silence says that nothing of it was ours. `passed_on` counts the calls that came to
-    us and that the web UI's own attention computed, by the reason; `reruns` those of which an inexact engine's result
-    was of no use, so that an exact one computed them again. `measuring` says what is measured before it, and then what
-    was found; `measured` holds the findings that its calls went by instead of by the fixed order. `number` tells it
-    from those before; `images` are what was asked for, as far as that can be told. `bands` is the largest plan by which
-    the VAE was computed in bands, `on_processor` whether a card had no room even for those; `kept` says where there is
-    what could not be decoded.
+    `begun`: there was one, so that silence says that nothing of it was ours. `wanted` is the engine that was set for
+    it, `computed` how many calls each engine did, and `first` the plan of the first of them. `passed_on` counts the
+    calls that came to us and that the web UI's own attention computed, by the reason; `reruns` those of which an
+    inexact engine's result was of no use, so that an exact one computed them again. `measuring` says what is measured
+    before it, and then what was found; `measured` holds the findings that its calls went by instead of by the fixed
+    order. `number` tells it from those before; `images` are what was asked for, as far as that can be told. `bands` is
+    the largest plan by which the VAE was computed in bands, `on_processor` whether a card had no room even for those;
+    `kept` says where there is what could not be decoded.
     """
 
     begun: bool = False
     number: int = 0
     images: Images | None = None
+    wanted: str = AUTOMATIC
+    computed: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Plan] = field(default_factory=dict)
     calls: int = 0
     retries: int = 0
     reruns: int = 0
@@ -77,6 +83,8 @@ class Generation:
 
     def record(self, plan: Plan, place: object | None) -> None:
         self.calls += 1
+        self.computed[plan.engine] += 1
+        self.first.setdefault(plan.engine, plan)
         if place is not None:
             self.served.add(id(place))
         self.retries += plan.retries
@@ -91,10 +99,10 @@ class Generation:
 _generation = Generation()
 
 
-def begin(images: Images | None = None) -> None:
-    """A generation begins: forget the one before."""
+def begin(images: Images | None = None, wanted: str = AUTOMATIC) -> None:
+    """A generation begins, for which this engine is set: forget the one before."""
     global _generation
-    _generation = Generation(begun=True, number=_generation.number + 1, images=images)
+    _generation = Generation(begun=True, number=_generation.number + 1, images=images, wanted=wanted)
 
 
 def record(plan: Plan, place: object | None = None) -> None:
@@ -154,6 +162,16 @@ def in_bands(seen: Generation) -> list[str]:
 def again(seen: Generation) -> list[str]:
     """How many calls an exact engine computed again, if any."""
     return [f"{seen.reruns} computed again exactly"] if seen.reruns else []
+
+
+def instead(seen: Generation) -> str:
+    """That others than the engine that is set did its calls, and why, as part of a sentence; empty where none did."""
+    others = {name: why for name, made in list(seen.first.items()) if (why := why_another(made, seen.wanted))}
+    if not others:
+        return ""
+    what = "some of the calls" if seen.computed[seen.wanted] else "every call"  # as many as the next image's: told once
+    why = "; ".join(dict.fromkeys(others.values()))
+    return f"the engine is set to {seen.wanted}, but {' and '.join(sorted(others))} computed {what}: {why}"
 
 
 def counted(number: int, one: str, many: str) -> str:

@@ -21,7 +21,7 @@ from .words import LABELS, Said
 
 ELEMENT = "subquad_tab"
 USUAL = status.Images(512, 512, 1)
-LOOKED = 10  # what is looked at again and again: values and buttons
+LOOKED = 11  # what `_look` answers
 # The parameter that takes JavaScript changed its name in gradio 4.
 SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 
@@ -75,6 +75,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 details = gr.HTML(elem_id="subquad_details")
             with gr.Accordion(LABELS["about"], open=False, elem_id="subquad_about"):
                 gr.HTML(words.line(words.INTRODUCTION) + words.glossary() + words.line(words.FORGETTING))
+                findings = gr.HTML(elem_id="subquad_findings")
                 forget = _button("forget")
                 forgotten = gr.HTML(elem_id="subquad_forgotten")  # where the button is: the message is far above
             ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
@@ -87,7 +88,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
 
     question = [checkpoint, width, height, batch]
     buttons = [measure, cancel, apply, undo]
-    looked = [sentence, status_line, details, kept, decode, *buttons, shown]
+    looked = [sentence, status_line, details, findings, kept, decode, *buttons, shown]
     quietly = {"queue": False, "show_progress": "hidden"}
     with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
 
@@ -107,10 +108,10 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         on(measure.click, _request, run, [result, plot, message, run, go, *buttons])
         measured = [result, plot, message, *buttons]
         if with_queue:
-            measuring = on(go.change, _measure, [*question, run], measured, {})
+            measuring = on(go.change, _measure, [*question, run], measured, {"show_progress": "hidden"})
             gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
-            measuring = on(go.change, _measure_at_once, [*question, run], measured, {"queue": False})
+            measuring = on(go.change, _measure_at_once, [*question, run], measured)
         then_look(measuring)
         then_look(on(cancel.click, _cancel, run, [message, result, gone]))
         for button, action, given, told in (
@@ -151,8 +152,8 @@ def _look(*given):
     """All that follows from the question, the settings and what was measured."""
     *question, run = given
     told, details = LABORATORY.look(*question)
-    kept = LABORATORY.waiting()
-    shown = (words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.status(), details, kept)
+    sentence, kept = words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.waiting()
+    shown = (sentence, LABORATORY.status(), details, LABORATORY.findings(), kept)
     states = [{"visible": bool(kept)}, *_buttons(run, told)]
     return [*shown, *map(_update, states), (*shown, *states)]
 

@@ -16,7 +16,10 @@ from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.rows import grouped
+from ..lab.explain.words import SET_FOR_SOME as SET_FOR_SOME
+from ..lab.explain.words import SET_IN_VAIN as SET_IN_VAIN
 from ..lab.explain.words import layers_in_words, size_in_words
+from ..lab.measured.words import calls_in_words, found_in_words
 from ..lab.survey import doctor
 from ..plan import goes_by_measurements
 from ..settings import Option, Settings, shown
@@ -52,9 +55,13 @@ INTRODUCTION = (
 )
 FORGETTING = (
     "Before the first image of a new size the exact engines are timed on this device for a few seconds, and automatic "
-    "takes the fastest from then on. They are timed again when the device, its driver or torch changes. If other "
-    "programs were busy meanwhile, forget what was measured: it is measured anew before the next image."
+    "takes the fastest from then on. They are timed again when the device, its driver or torch changes, and "
+    "after the next start where nothing was clearly faster while other programs were busy. Forget what was measured to "
+    "have all of it measured anew before the next image."
 )
+
+FINDINGS = "What was measured on this device:"
+NOTHING_MEASURED = "Nothing has been measured on this device yet."
 
 # ------------------------------------------------------------------------------------------------- the first sentence
 
@@ -74,6 +81,12 @@ IN_ONE = "{kernel} in its one layer, at most {memory} at a time."
 IN_SOME = "{kernels}, at most {memory} at a time."
 IN = "{kernel} in {layers} layers"
 NOTHING_TO_GAIN = "Nothing to gain."
+NOT_MEASURED_YET = "Not measured yet: the engines are timed before the first image of this size, for up to {seconds} s."
+NOT_MEASURED = "By rules there is nothing to gain; with your settings nothing is measured."
+NOT_TOLD = "By rules there is nothing to gain; measuring could not tell."
+BESIDE_OTHERS = (
+    "Nothing was clearly faster, but other programs disturbed the measurement: it is made again after the next start."
+)
 NO_KERNEL = "no layer has a fused kernel, because {why}."
 FEW_KERNELS = "{count} of {shapes} shapes run without a fused kernel, because {why}."
 TOO_LARGE = "this does not fit. A call of attention takes {needed}, and the memory limit leaves {limit}."
@@ -81,6 +94,7 @@ NOT_SERVED = "{model}: no attention layer that subquad serves."
 NOT_ACTIVE = "{is_so}: {why}"
 AS_TOLD = "{sentence}"
 
+CHOOSE_ENGINE = "Set the engine to automatic, or to one that can."
 MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Measure tells which is faster."
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."
@@ -195,6 +209,7 @@ CSS = f"""
 @container subquad-many (max-width: 860px) {CARDS}
 .subquad-table abbr, .subquad-line abbr {{text-decoration: underline dotted; cursor: help}}
 .subquad-words dt {{font-weight: 600; margin-top: .4em}}
+ul.subquad-words {{padding-inline-start: 1.2em; list-style: disc}}
 .subquad-words dd {{margin-inline-start: 1em}}
 #subquad_page :is(button, input, [role=button]):focus-visible {{outline: 3px solid #2563eb !important;
                                                                     outline-offset: 1px}}
@@ -202,6 +217,9 @@ CSS = f"""
 #subquad_page .label-wrap {{text-align: start; gap: .5em; cursor: pointer}}
 #subquad_page .label-wrap .icon {{flex: none; width: 1.5em; height: 1.5em; line-height: 1.5em;
                                   text-align: center}}  /* a square, which takes no more room when it is turned */
+/* What gradio shows of progress itself, and keeps room for: there is a bar of ours. */
+#subquad_page .wrap.generating {{display: none !important}}
+#subquad_page .min {{min-height: 0 !important}}
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """
@@ -319,6 +337,17 @@ def waiting(files: Iterable[Path]) -> str:
     """What is kept and waits to be decoded; empty where nothing does."""
     files = tuple(files)
     return line(Said(WAIT_TO_BE_DECODED, files=files).html()) if files else ""
+
+
+def findings(found: Mapping[Class, Found]) -> str:
+    """What Forget would forget, a line for each kind of call, as the command `order` tells it."""
+    if not found:
+        return line(NOTHING_MEASURED)
+    told = "".join(
+        f"<li><bdi>{escape(calls_in_words(calls))}: {escape(found_in_words(it))}</bdi></li>"
+        for calls, it in found.items()
+    )
+    return f'{line(FINDINGS)}<ul class="subquad-words" dir="auto">{told}</ul>'
 
 
 def kept_setting(option: Option, word: str) -> str:

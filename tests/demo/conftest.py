@@ -35,11 +35,12 @@ def extension(host, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="package")
-def address():
+def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--port", str(port), "--size", "64", "--steps", "2", "--optimizer", "subquad"]
+    options += ["--data-dir", str(tmp_path_factory.mktemp("data"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     server = subprocess.Popen([sys.executable, "-m", "demo", *options], cwd=ROOT, env=environment)
     address = f"http://127.0.0.1:{port}"

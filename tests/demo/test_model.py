@@ -87,9 +87,23 @@ def test_checkpoint_round_trip(model, tmp_path):
 
 def test_heads_come_from_the_yaml_beside_the_checkpoint(model, tmp_path):
     path = save(model, tmp_path / "model.safetensors")
-    (tmp_path / "model.yaml").write_text("model:\n  params:\n    num_heads: 4\n", encoding="utf8")
-    heads = {module.heads for module in load_checkpoint(path).modules() if isinstance(module, CrossAttention)}
-    assert heads == {4}
+    for said, heads in (("num_heads: 4", {4}), ("num_head_channels: 16\n        num_heads: -1", {4, 8, 16})):
+        config = f"num_heads: 2\nmodel:\n  params:\n    unet_config:\n      params:\n        {said}\n"
+        (tmp_path / "model.yaml").write_text(config, encoding="utf8")
+        loaded = load_checkpoint(path)
+        assert {module.heads for module in loaded.modules() if isinstance(module, CrossAttention)} == heads
+
+
+def test_the_tab_tells_the_heads_that_compute(model, tmp_path, host):
+    path = save(model, tmp_path / "model.safetensors")
+    config = "model:\n  params:\n    unet_config:\n      params:\n        num_heads: 4\n"
+    (tmp_path / "model.yaml").write_text(config, encoding="utf8")
+    host.start(path, "subquad")
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    _, details = LABORATORY.look("the loaded checkpoint", 64, 64, 1)
+    assert "Heads: 4 in each layer, from &#x27;model.yaml&#x27; beside the file." in details and "guess" not in details
+    assert "<bdi>4 × 16 to 64</bdi>" in details
 
 
 @pytest.mark.skipif(not (SHARED / "tiny-sd1").is_dir(), reason="no tiny checkpoint beside the project")

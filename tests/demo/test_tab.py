@@ -72,6 +72,23 @@ def test_each_letter_of_a_number_is_answered_in_order(page):
     tab.wait_for_buttons("measure")
 
 
+def test_one_bar_is_all_that_is_shown_of_progress(page):
+    """Gradio would draw a line for each of the answers that are yet to come, over empty space."""
+    tab = AttentionTab(page).open(side=1024)  # of which measuring takes long
+    tab.click("measure")
+    tab.wait_until_measuring()
+    page.wait_for_timeout(500)
+    shown = page.evaluate(
+        """() => [...document.querySelectorAll("#subquad_page .generating, #subquad_page progress")]
+            .filter(it => it.getClientRects().length).map(it => it.tagName)"""
+    )
+    assert shown == ["PROGRESS"]
+    buttons, bar = (page.locator(it).first.bounding_box() for it in ("#subquad_cancel", f"{ANSWER} progress"))
+    assert bar["y"] - (buttons["y"] + buttons["height"]) < 80
+    tab.click("cancel")
+    tab.wait_for(ANSWER, "Cancelled")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_is_cut_off_nor_scrolls_sideways(browser, address, width, theme):

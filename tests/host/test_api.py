@@ -87,7 +87,7 @@ def test_what_was_measured_is_told_and_forgotten(app, loaded):
     assert row == {
         "dtype": "float32", "value_dtype": "float32", "head_width": 40, "value_width": 40, "mask": "none",
         "heads": 16, "query_tokens": 4096, "key_tokens": 64,
-        "engine": "portable", "query_chunk": 512, "kv_chunk": 0, "margin": 1.25,
+        "engine": "portable", "query_chunk": 512, "kv_chunk": 0, "margin": 1.25, "disturbed": False,
     }  # fmt: skip
     assert client.delete("/subquad/v1/measured").json() == {"forgotten": 1}
     assert client.delete("/subquad/v1/measured").json() == {"forgotten": 0}

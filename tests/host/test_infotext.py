@@ -152,3 +152,82 @@ def test_calls_that_were_computed_again_exactly_are_written_and_told(subquad):
     told = re.sub("<[^>]*>", "", words.last_generation(subquad.status.generation()))
     assert "no retries, 2 computed again exactly. The largest" in told
     assert api.status_route().reruns == 2
+
+
+NOT_INSTALLED = ("the engine is set to xformers", "xformers is not installed")
+
+
+def recorded(subquad, engine: str, *plans: Plan) -> dict:
+    """What the infotext says of calls by these plans while this engine is set."""
+    subquad.select("subquad")
+    subquad.opts.data["subquad_engine"] = engine
+    p = SimpleNamespace(extra_generation_params={})
+    subquad.infotext.begin(p)
+    for plan in plans:
+        subquad.status.record(plan)
+    subquad.infotext.finish_batch(p)
+    return p.extra_generation_params
+
+
+def test_an_engine_that_computed_nothing_is_not_the_images(subquad, capsys):
+    subquad.infotext._said.clear()
+    fused, portable = (Plan(name, 64, 64, 1, 1000, NOT_INSTALLED) for name in ("fused", "portable"))
+    for _ in range(2):
+        assert recorded(subquad, "xformers", fused, fused) == {"Subquad engine": "fused"}
+    told = [line for line in capsys.readouterr().out.splitlines() if "is set to" in line]
+    assert told == ["[subquad] the engine is set to xformers, but fused computed every call: xformers is not installed"]
+    both = {"Subquad engine": "portable", "Subquad computed": "portable; fused"}
+    assert recorded(subquad, "xformers", fused, portable, portable) == both
+    mine = Plan("xformers", 64, 64, 1, 1000, ("the engine is set to xformers",))
+    assert recorded(subquad, "xformers", mine) == {"Subquad engine": "xformers"}
+    capsys.readouterr()
+    some = {"Subquad engine": "xformers", "Subquad computed": "xformers; fused"}
+    assert recorded(subquad, "xformers", mine, mine, fused) == some
+    assert "but fused computed some of the calls: xformers is not installed" in capsys.readouterr().out
+    assert recorded(subquad, "automatic", fused, portable) == {}
+
+
+def test_an_engine_that_gave_way_is_told_with_what_was_wrong(subquad, capsys):
+    subquad.infotext._said.clear()
+    mine = ("it is set, and SageAttention takes these sizes",)
+    plans = Plan("sage", 64, 64, 1, 1000, mine), Plan("fused", 64, 64, 1, 1000, (*mine, "it gave NaN"), reruns=1)
+    written = recorded(subquad, "sage", *plans)
+    assert written == {
+        "Subquad engine": "sage",
+        "Subquad computed": "sage; fused",
+        "Subquad exact reruns": 1,
+    }
+    assert "the engine is set to sage, but fused computed some of the calls: it gave NaN\n" in capsys.readouterr().out
+
+
+def test_who_computed_is_written_so_that_it_is_read_back(subquad):
+    """Released names stay, and pasting sets the engine that made the image."""
+    written = recorded(subquad, "xformers", Plan("fused", 64, 64, 1, 1000, NOT_INSTALLED))
+    labels = {info.infotext: key for key, info in subquad.opts.data_labels.items() if info.infotext}
+    assert {labels[label]: text for label, text in written.items()} == {"subquad_engine": "fused"}
+    assert subquad.infotext.COMPUTED not in labels
+    for engine in OPTIONS["engine"].choices:  # as older images have them
+        assert subquad.opts.cast_value("subquad_engine", engine) == engine
+
+
+def test_in_a_real_image_of_an_engine_that_is_not_there(host, capsys, monkeypatch):
+    host.start(optimizer="subquad")
+    from demo.generate import generate
+    from lib_subquad.engines import xformers
+    from lib_subquad.webui import infotext
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    monkeypatch.setattr(xformers.PACKAGE, "_installed", False)
+    infotext._said.clear()
+    for _ in range(2):
+        text = generate("a house", 1, 64, 64, 1, override_settings={"subquad_engine": "xformers"}).infotext
+        assert "Subquad engine: fused" in text or "Subquad engine: portable" in text
+        assert "xformers" not in text
+    assert capsys.readouterr().out.count("the engine is set to xformers, but ") == 1
+    from modules import shared
+
+    shared.opts.set("subquad_engine", "xformers")
+    answer, _ = LABORATORY.look("the loaded checkpoint", 64, 64, 1)
+    assert str(answer).startswith(
+        "The engine is set to xformers, which computes nothing here: xformers is not installed"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from types import SimpleNamespace
@@ -33,8 +34,9 @@ def measured(loaded, monkeypatch):
         seen.times.append(problems)
         telling("64 x 64 tokens")
         seen.happens()
-        if seen.answer is None:
+        if seen.answer is None or seen.answer.disturbed:
             rounds._tried.update((order.machine(problem.device), class_of(problem)) for problem in problems)
+        if seen.answer is None:
             return {}
         return {class_of(problem): seen.answer for problem in problems}
 
@@ -100,12 +102,31 @@ def test_what_was_found_is_told_and_used(measured, loaded, capsys):
 def test_nothing_faster_and_nothing_found_are_told_and_not_measured_again(measured, loaded, capsys):
     measured.answer = Found("fused")
     generate()
-    assert lines(capsys)[-1] == "[subquad] measured for 64 x 64: nothing is faster than what rules take"
+    assert lines(capsys)[-1] == "[subquad] measured for 64 x 64: nothing is clearly faster than what rules take"
     measured.answer = None
     generate(width=256, height=256)
     assert lines(capsys)[-1] == "[subquad] measured for 256 x 256: nothing could be told, so rules decide"
     for size in (64, 256):
         assert "Subquad" not in generate(width=size, height=size).infotext
+    assert len(measured.times) == 2
+
+
+def test_what_other_programs_disturbed_is_told_and_measured_again_after_the_next_start(measured, loaded, capsys, host):
+    from lib_subquad.webui import api
+
+    measured.answer = Found("fused").beside_others()
+    generate()
+    kinds = len(measured.times[0])
+    assert lines(capsys)[-1] == (
+        "[subquad] measured for 64 x 64: nothing is clearly faster than what rules take; other programs disturbed "
+        f"{kinds} of {kinds} kinds of calls, which are measured again after the next start"
+    )
+    assert [row.disturbed for row in api.measured_route().measured] == [True] * kinds
+    generate()
+    assert len(measured.times) == 1
+    host.reload_extension()
+    loaded.select("subquad")
+    generate()
     assert len(measured.times) == 2
 
 
@@ -357,8 +378,25 @@ def test_forgetting(data_folder, measured, loaded):
     assert call_queue.queue_lock.acquire(blocking=False)
     call_queue.queue_lock.release()
     assert not json.loads((data_folder / file.NAME).read_text(encoding="utf-8"))["machines"]
+    for told in (LABORATORY.status(), loaded.status.summary()):
+        assert "Measured for" not in told and "Last generation" in told
     generate()
     assert len(measured.times) == 2
+
+
+def test_what_was_measured_is_shown_as_the_command_shows_it(measured, loaded):
+    from lib_subquad.lab.measured.words import calls_in_words, found_in_words
+    from lib_subquad.webui import measuring, tab
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    assert re.sub("<[^>]*>", "", LABORATORY.findings()) == "Nothing has been measured on this device yet."
+    generate()
+    (found,) = [it for it in tab._look("the loaded checkpoint", 64, 64, 1, None) if "What was measured" in str(it)[:80]]
+    shown = [html.unescape(line) for line in re.findall("<li><bdi>(.*?)</bdi></li>", found)]
+    assert shown == [f"{calls_in_words(calls)}: {found_in_words(it)}" for calls, it in measuring.known().items()]
+    assert "portable in tiles of 64 x 128, 1.50 times as fast as the rules' choice" in shown[0]
+    LABORATORY.forget()
+    assert "<li>" not in LABORATORY.findings()
 
 
 def test_one_true_measurement(loaded, data_folder, monkeypatch):

@@ -71,7 +71,7 @@ def test_growth_doubles_prints_and_writes(tmp_path, capsys):
         (["--peer", "sdpa"], "name it in --peers"),
         (["--peer", "nowhere.py"], "no such file"),
         (["--shape", "sd15"], "MODEL-SIDE"),
-        (["--device", "abacus"], "no device of this torch"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here. Available: "),
         (["--repeats", "0"], "at least 1"),
         (["--json", os.path.join("no", "such", "folder.json")], "there is no folder"),
         (["--json", os.curdir], "is a folder"),

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib_subquad import __main__ as command_line
 from lib_subquad.console import UserError
-from lib_subquad.lab.commands import files, lab
+from lib_subquad.lab.commands import arguments, files, lab
 from lib_subquad.lab.tune.exploration import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,55 @@ def test_a_number_that_cannot_be_is_said(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.main(arguments)
     assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vulkan", "ipu:3", "gameboy", "cuda:99", "x" * 5000, "a\nb"], ids=lambda it: it[:7])
+@pytest.mark.parametrize("command", ["plan", "lab", "order", "doctor", "report", "bench", "growth"])
+def test_a_device_that_is_not_there_is_told_in_a_line_with_those_that_are(command, name, unet_header, tmp_path, capsys):
+    """PyTorch's own words have up to 1,200 characters."""
+    given = [command, "--device", name]
+    given += ["--checkpoint", str(unet_header)] if command in ("plan", "lab") else []
+    given += ["--table", str(tmp_path / "table.json")] if command in ("order", "doctor") else []
+    try:
+        assert command_line.main(given) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{command}: device '") or "error: argument --device: device '" in line
+    assert " cannot be used here" in line and line.split("Available: ")[1].split(", ")[-1] == "cpu"
+    assert len(line) < 240
+
+
+def test_the_devices_that_are_there_have_pytorchs_names(monkeypatch):
+    def cards(count):
+        return SimpleNamespace(is_available=lambda: count > 0, device_count=lambda: count)
+
+    directml = SimpleNamespace(device=lambda number: f"privateuseone:{number}", device_count=lambda: 1)
+    monkeypatch.setitem(sys.modules, "torch_directml", directml)
+    monkeypatch.setattr(torch, "cuda", cards(2))
+    monkeypatch.setattr(torch, "xpu", cards(1), raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert arguments.available() == ["cuda:0", "cuda:1", "xpu", "mps", "privateuseone:0", "cpu"]
+    monkeypatch.setattr(torch, "cuda", None)  # a driver that fails
+    monkeypatch.setattr(torch, "xpu", cards(0), raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch_directml", None)
+    assert arguments.available() == ["cpu"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_what_pytorch_says_of_a_driver_is_told():
+    with pytest.raises(UserError, match=r"device 'cuda' cannot be used here \(.{10,72}\)\. Available: "):
+        arguments.usable("cuda")
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor"])
+def test_an_engine_that_is_set_in_vain_is_told(command, unet_header, tmp_path, capsys):
+    given = ["--checkpoint", str(unet_header), "--device", "cpu", "--table", str(tmp_path / "table.json")]
+    assert command_line.main([command, *given, "--engine", "xformers"]) == 0
+    assert "The engine is set to xformers, which computes nothing here: xformers " in capsys.readouterr().out
+    assert command_line.main([command, *given, "--engine", "portable"]) == 0
+    assert "The engine is set" not in capsys.readouterr().out
 
 
 def test_a_size_that_is_computed_smaller_is_told(unet_header, capsys):

@@ -12,8 +12,11 @@ from lib_subquad import __main__ as command_line
 from lib_subquad import device as devices
 from lib_subquad.engines import fused, order
 from lib_subquad.engines.table import Found, Table, class_of
+from lib_subquad.lab import tables
 from lib_subquad.lab.survey import doctor, facts, reasons
 from lib_subquad.lab.survey.advice import AOTRITON, Situation, advise
+from tests.checkpoint.making import entries, write
+from tests.checkpoint.public_models import tensors as tensors_of
 
 CPU = torch.device("cpu")
 
@@ -104,7 +107,8 @@ def test_a_cpu_has_nothing_to_gain(monkeypatch):
 )
 def test_settings_that_keep_a_faster_engine_away(monkeypatch, settings, word):
     monkeypatch.setattr(doctor, "_cores", lambda: 1)
-    (sentence,) = doctor.diagnosis(problems(), settings).sentences
+    so, sentence = doctor.diagnosis(problems(), settings).sentences
+    assert so.startswith("1 of 1 kinds of call run without a fused kernel, because ") and word in so
     assert word in sentence and sentence.startswith("Your settings") and "(source: " in sentence
 
 
@@ -141,6 +145,70 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert command_line.main(["doctor", "--device", "cpu", "--table", str(tmp_path / "none.json")]) == 0
     told = capsys.readouterr().out
     assert "| SD 1.5 512² 16×4096×40" in told and "there is none" in told and "Update torch to 2.1" in told
+
+
+def doctor_says(capsys, *arguments) -> str:
+    assert command_line.main(["doctor", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_where_all_is_portable_it_does_not_say_that_there_is_nothing_to_gain(tmp_path, capsys):
+    told = doctor_says(capsys, "--device", "meta", "--table", tmp_path / "none.json")
+    assert "8 of 8 kinds of call run without a fused kernel, because PyTorch has no fused kernel on meta" in told
+    assert "No switch is known that would change that." in told and "Nothing to gain" not in told
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write(tmp_path / "model.safetensors", *entries(tensors_of("sd15")))
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_the_calls_of_a_checkpoint_at_a_size(checkpoint, tmp_path, capsys):
+    asked = ["--checkpoint", checkpoint, "--size", "256x512", "--table", tmp_path / "none.json", "--device", "cpu"]
+    told = doctor_says(capsys, *asked)
+    assert told.startswith("Stable Diffusion 1.x: 32 attention layers in the U-Net, 2 in the VAE\n")
+    (row,) = [line for line in told.splitlines() if line.startswith("| U-Net, self")]
+    assert " 2048 to 32 | " in row and "| 8 × 40 to 160 " in row and "Flux" not in told
+    chosen = doctor_says(capsys, *asked, "--engine", "portable")
+    assert "the engine is set to portable" in chosen and "Your settings keep a faster engine away" in chosen
+
+
+@pytest.mark.usefixtures("fused_kernel")
+def test_settings_count_without_a_checkpoint_too(tmp_path, capsys):
+    on = ["--device", "cpu", "--table", tmp_path / "none.json"]
+    assert "the engine is set to portable" in doctor_says(capsys, *on, "--engine", "portable")
+
+
+def test_what_has_no_meaning_without_a_checkpoint_is_said(capsys):
+    assert command_line.main(["doctor", "--size", "512", "--batch", "2", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said == "doctor: --size, --batch have no meaning without --checkpoint FILE\n"
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80])
+@pytest.mark.parametrize("command", ["plan", "doctor", "doctor of a checkpoint"])
+def test_a_table_fits_the_terminal(command, columns, checkpoint, tmp_path, capsys, monkeypatch):
+    given = ["--device", "cpu", "--table", str(tmp_path / "none.json")]
+    given += ["--checkpoint", str(checkpoint)] * (command != "doctor")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert command_line.main([command.split()[0], *given]) == 0
+    told = capsys.readouterr().out
+    cells = [line for line in told.splitlines() if line.startswith("  ")]
+    assert "|" not in told and len(cells) > 10 and max(map(len, cells)) <= columns
+    assert sum(line.startswith("  Why: ") for line in cells) >= 3
+
+
+def test_each_cell_of_a_narrow_table_is_told(monkeypatch):
+    rows = [{"Call": "self 4096 x 4096", "Time": "12.5 ms", "": "recommended", "Why": "because"}] * 2
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for columns, lines in (
+        ("200", tables.of_cells(rows)),
+        ("20", "self 4096 x 4096\n  Time: 12.5 ms\n  recommended\n  Why: because\n\n" * 2),
+        ("7", "self 4096 x 4096\n  Time: 12.5 ms\n  recommended\n  Why: because\n\n" * 2),
+    ):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert tables.for_reading(rows) == lines.rstrip("\n")
 
 
 @pytest.mark.usefixtures("fused_kernel")

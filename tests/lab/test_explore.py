@@ -10,8 +10,9 @@ from lib_subquad import Settings, refusals
 from lib_subquad.device import GIB, MIB
 from lib_subquad.engines import order
 from lib_subquad.engines.table import Found, Table, class_of
-from lib_subquad.lab import meter
+from lib_subquad.lab import machine, meter
 from lib_subquad.lab.explain.rows import Row
+from lib_subquad.lab.tune.estimate import Estimate
 from lib_subquad.lab.tune.exploration import MOST_ROUNDS, STEADY_ROUNDS, Exploration
 from lib_subquad.lab.tune.trials import AUTOMATIC
 from lib_subquad.plan import plan_problem
@@ -266,6 +267,17 @@ def test_the_pareto_front_holds_what_nothing_beats(made_up_times):
 # --------------------------------------------------------------------------------------------- what a table keeps of it
 
 
+@pytest.mark.usefixtures("fused_kernel")
+def test_a_row_is_labelled_with_the_engine_that_computed(made_up_times):
+    """xFormers has no kernels for a CPU, installed or not."""
+    explored = finished(exploration(Settings(engine="xformers")))
+    mine = explored.today()
+    assert mine.settings.engine == "xformers" and mine.set_in_vain and mine.computed == ("fused",)
+    assert mine.label == "fused auto x auto" and "xformers is set, but computed nothing" in explored.remarks(mine)
+    others = [trial for trial in (*explored.trials, *explored.tried) if trial is not mine]
+    assert not any(trial.set_in_vain or "xformers" in trial.label for trial in others)
+
+
 @pytest.fixture
 def table():
     before = order.table()
@@ -273,12 +285,25 @@ def table():
     order.go_by(before)
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """quiet(share): only made-up times differ, and other programs take this share of the processors."""
+
+    def others(share):
+        now = itertools.count()
+        monkeypatch.setattr(Estimate, "slowed", lambda its: 1.0)
+        monkeypatch.setattr(machine, "processor_seconds", lambda: (at := next(now), at * share, 0.0))
+
+    others(0.0)
+    return others
+
+
 def found(explored) -> Found | None:
     return explored.found().get(class_of(explored.rows[0].problem))
 
 
 @pytest.mark.parametrize("fast", [0.99, 0.5])
-def test_what_was_compared_is_found_by_the_margin_of_a_table(monkeypatch, fast, table):
+def test_what_was_compared_is_found_by_the_margin_of_a_table(monkeypatch, fast, table, quiet):
     def seconds(plan, turn):
         return fast if plan.engine == "portable" and plan.query_chunk == plan.kv_chunk == 256 else 1.0
 
@@ -293,7 +318,7 @@ def test_what_was_compared_is_found_by_the_margin_of_a_table(monkeypatch, fast, 
     assert again.query_chunk == (256 if fast < 0.9 else by_rules.query_chunk)
 
 
-def test_rounds_that_disagree_are_found_to_change_nothing(monkeypatch):
+def test_rounds_that_disagree_are_found_to_change_nothing(monkeypatch, quiet):
     uneven = itertools.cycle((0.5, 0.5, 1.5))
 
     def seconds(plan, turn):
@@ -302,6 +327,16 @@ def test_rounds_that_disagree_are_found_to_change_nothing(monkeypatch):
     plant(monkeypatch, seconds)
     explored = finished(exploration())
     assert found(explored) == Found(explored.rows[0].plan.engine)
+
+
+@pytest.mark.parametrize(("share", "believed"), [(0.02, True), (0.4, False)])
+def test_that_nothing_is_faster_is_not_believed_beside_other_programs(monkeypatch, quiet, share, believed):
+    quiet(share)
+    plant(monkeypatch, lambda plan, turn: 1.0)
+    explored = finished(exploration())
+    assert found(explored) == Found(explored.rows[0].plan.engine, disturbed=not believed)
+    quiet(0.4)  # what they do when it is complete
+    assert found(explored).disturbed is not believed and explored.disturbance().felt is not believed
 
 
 def test_what_is_over_the_limit_or_refused_is_not_found(monkeypatch):
@@ -320,7 +355,7 @@ def test_what_is_over_the_limit_or_refused_is_not_found(monkeypatch):
 
 
 @pytest.mark.usefixtures("fused_kernel")
-def test_measuring_goes_by_the_table_and_puts_it_right(monkeypatch, table):
+def test_measuring_goes_by_the_table_and_puts_it_right(monkeypatch, table, quiet):
     """What the rules would take is compared all the same."""
     its = class_of(exploration().rows[0].problem)
     by_rules = exploration().rows[0].plan

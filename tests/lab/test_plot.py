@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lib_subquad import Settings
 from lib_subquad.device import GIB, MIB
 from lib_subquad.lab import tables
-from lib_subquad.lab.tune.disturbance import Disturbance, least_difference
+from lib_subquad.lab.disturbance import Disturbance
 from lib_subquad.lab.tune.exploration import Exploration, Progress
-from lib_subquad.lab.tune.trials import COUNTING, Trial, judged
+from lib_subquad.lab.tune.trials import COUNTING, Trial, judged, least_difference
 from lib_subquad.webui import plot, results
 from tests.busy_machine import rows_of
 
@@ -187,8 +187,8 @@ def test_one_bar_one_estimate_and_what_disturbs_it():
         (Disturbance(0.05, 1.02, 1.04), ""),
         (
             Disturbance(0.4, 1.5, 1.12),
-            "Other programs took 40 % of the processor: times were about 1.5 times as long, and settings that differ "
-            "by less than 12 % cannot be told apart.",
+            "Other programs took 40 % of the processor: times were about 1.5 times as long, and what differs by "
+            "less than 12 % cannot be told apart.",
         ),
         (Disturbance(0.3, 1.0), "Other programs took 30 % of the processor: times were hardly longer."),
         (Disturbance(None, 2.0), "Something else slowed it: times were about 2.0 times as long."),
@@ -196,6 +196,13 @@ def test_one_bar_one_estimate_and_what_disturbs_it():
 )
 def test_what_disturbed_it_in_words(disturbance, sentence):
     assert disturbance.sentence(past=True) == sentence
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_busy_processors_hide_nothing_on_an_accelerator(device):
+    device = torch.device(device)
+    assert Disturbance(0.4, 1.0).hides_something(device) is (device.type == "cpu")
+    assert Disturbance(0.0, 1.2).hides_something(device) and not Disturbance(0.05, 1.05).hides_something(device)
 
 
 def test_what_can_be_told_apart_is_what_would_be_told():

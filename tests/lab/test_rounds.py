@@ -4,6 +4,7 @@ up: it goes on only while an engine computes, by what that engine takes for a qu
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import torch
 from lib_subquad import Settings, memory, plan, trust
 from lib_subquad.engines import order, portable
 from lib_subquad.engines.base import Sizes
-from lib_subquad.engines.table import Found, Table, class_of
+from lib_subquad.engines.table import Candidate, Found, Table, choose, class_of
+from lib_subquad.lab import machine
 from lib_subquad.lab.measured import rounds
 from lib_subquad.plan import plan_problem
 from lib_subquad.problem import Problem
@@ -70,6 +72,7 @@ class Timed:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(rounds, "time", clock)
+    monkeypatch.setattr(machine, "processor_seconds", lambda: None)  # what others do here is none of these tests'
     engines, table = order.engines(), order.table()
     order.go_by(Table())
     rounds.forget()
@@ -313,6 +316,79 @@ def test_what_other_programs_disturbed_is_not_measured_before_each_image(among, 
     assert not rounds.tried(problem())
 
 
+# ----------------------------------------------------------------------------------------- beside other programs
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """busy(share): other programs take this share of the processors from now on."""
+
+    def take(share):
+        seconds = iter(range(10**6))
+        monkeypatch.setattr(machine, "processor_seconds", lambda: (now := next(seconds), now * share, 0.0))
+
+    return take
+
+
+def test_that_nothing_is_faster_is_not_believed_beside_other_programs(among, busy):
+    among(one=1e-4, two=1e-4)
+    busy(0.4)
+    assert only() == Found("one", disturbed=True)
+    assert rounds.tried(problem()) and rounds.unknown([(problem(), 16)], Settings()) == []  # not before each image
+    order.go_by(Table().with_found(order.machine(CPU), found()))
+    rounds.forget()  # or after the next start
+    assert rounds.unknown([(problem(), 16)], Settings()) == [problem()]
+    busy(0.02)
+    assert only() == Found("one")
+    order.go_by(order.table().with_found(order.machine(CPU), found()))
+    rounds.forget()
+    assert rounds.unknown([(problem(), 16)], Settings()) == []
+
+
+def test_what_is_given_up_soon_beside_other_programs_is_not_believed_to_be_slower(among, busy):
+    among(one=1e-4, two=2.1e-4)
+    busy(0.4)
+    assert only() == Found("one", disturbed=True)
+
+
+def test_what_is_clearly_faster_beside_other_programs_is_believed(among, busy):
+    among(one=1.5e-4, two=1e-4)
+    busy(0.4)
+    assert only() == Found("two", margin=1.5) and not rounds.tried(problem())
+
+
+def test_where_nobody_tells_what_others_do_their_traces_are_seen(among, clock):
+    """A third of the rounds took three times as long."""
+    one, _ = among(one=1e-4, two=1e-4)
+    one.does = lambda problem: setattr(clock, "now", clock.now + 0.1) if len(one.calls) % 3 == 0 else None
+    assert only() == Found("one", disturbed=True)
+
+
+def test_a_watch_tells_what_others_did(among, busy, clock):
+    one, _ = among(one=1e-4, two=1e-4)
+    one.does = lambda problem: setattr(clock, "now", clock.now + 0.1) if len(one.calls) % 3 == 0 else None
+    busy(0.4)
+    watch = rounds.Watch()
+    rounds.measured([problem()], Settings(), SECONDS, watch=watch)
+    seen = watch.disturbance()
+    assert seen.felt and abs(seen.share - 0.4) < 0.01 and 1.1 < seen.longer < 2 and seen.difference >= 1 / 0.95
+    assert rounds.Watch().disturbance().longer == 1.0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.3])
+def test_the_least_difference_is_what_would_be_told(noise):
+    dice = random.Random(1)
+    first = [1.0] * 15
+    ratios = [dice.lognormvariate(0, noise) for _ in first]
+    ratios = [it / statistics.median(ratios) for it in ratios]
+    watch = rounds.Watch()
+    watch.rounds = [{Candidate("one"): first, Candidate("two"): ratios}]
+    least = watch.disturbance().difference
+    for times, clear in ((least * 1.001, True), (least * 0.999, False)):
+        seconds = {Candidate("one"): first, Candidate("two"): [it / times for it in ratios]}
+        assert (choose(seconds).margin > 1) is clear
+
+
 # ----------------------------------------------------------------------------------------------- what is worth it
 
 
@@ -362,4 +438,4 @@ def test_for_real(monkeypatch):
     its = problem(256, heads=4)
     told = []
     chosen = rounds.measured([its], Settings(), 30.0, told.append)
-    assert told == ["256 x 256 tokens"] and chosen[class_of(its)].engine in order.names()
+    assert told == ["4 heads and 256 x 256 tokens, 8 wide, float32"] and chosen[class_of(its)].engine in order.names()

@@ -10,9 +10,13 @@ from collections.abc import Callable
 import torch
 
 from ... import console
+from ...console import UserError
+from ...settings import shown
 from .. import machine
 
 DTYPES = ("float32", "float16", "bfloat16")
+HAVE_DRIVERS = ("cuda", "xpu", "mps")  # kinds of devices; what PyTorch says of one may help
+LONGEST_REASON = 72  # characters
 
 
 def argument(parse: Callable[[str], object]) -> Callable[[str], object]:
@@ -51,12 +55,49 @@ def percent(text: str) -> int:
 @argument
 def device(text: str) -> str:
     """A device that this torch can put a tensor on."""
+    usable(text)
+    return text
+
+
+def usable(text: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UserError: no tensor can be put on it; the message, a line, names those that there are.
+    """
     machine.bring_backend(text)
     try:
-        torch.empty(1, device=text)
+        found = torch.device(text)
+    except Exception:  # which names all that PyTorch has ever heard of
+        raise UserError(_cannot_be_used(text)) from None
+    try:
+        torch.empty(1, device=found)
     except Exception as error:  # what a missing backend raises differs from one to the next
-        raise ValueError(f"{text!r} is no device of this torch: {console.first_line(error)}") from error
-    return text
+        why = console.first_line(error).split(". ")[0].rstrip(".")
+        told = found.type in HAVE_DRIVERS and why != type(error).__name__ and len(why) <= LONGEST_REASON
+        raise UserError(_cannot_be_used(text, f" ({why})" if told else "")) from error
+    return found
+
+
+def _cannot_be_used(text: str, why: str = "") -> str:
+    return f"device {shown(text)} cannot be used here{why}. Available: {', '.join(available())}"
+
+
+def available() -> list[str]:
+    """The devices of this computer, by the names that PyTorch has for them."""
+    found = []
+    for kind in HAVE_DRIVERS:
+        with contextlib.suppress(Exception):  # this torch knows none of the kind, or its driver is broken
+            if kind == "mps":
+                found += [kind] * torch.backends.mps.is_available()
+                continue
+            its = getattr(torch, kind)
+            count = its.device_count() if its.is_available() else 0
+            found += [kind] if count == 1 else [f"{kind}:{number}" for number in range(count)]
+    with contextlib.suppress(Exception):
+        directml = importlib.import_module("torch_directml")
+        found += [str(directml.device(number)) for number in range(directml.device_count())]
+    return [*found, "cpu"]
 
 
 def best_device() -> torch.device:

@@ -1,39 +1,56 @@
-"""python -m lib_subquad doctor: which engine each kind of call gets on this device, why, and what would help."""
+"""python -m lib_subquad doctor: which engine each kind of call gets on this device, why, and what would help.
+
+The calls are those of a checkpoint, or without one what models make that many people have.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-import torch
-
 from ...console import say
-from ...settings import Settings
 from .. import tables
-from ..survey import checks, doctor, reasons
-from . import kept
-from .arguments import DTYPES, best_device, device
+from ..explain.rows import grouped
+from ..explain.words import engine_in_words, layers_in_words
+from ..survey import doctor, reasons
+from . import kept, question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", type=device, help="such as cpu, cuda:1, xpu, mps (default: the best this machine has)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
+    question.add_arguments(
+        parser,
+        required=False,
+        help="a .safetensors file, whose header is read (default: calls that models make which many people have)",
     )
     kept.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     kept.load(arguments)
-    on = torch.device(arguments.device) if arguments.device else best_device()
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else checks.dtypes(on)[0]
+    if arguments.checkpoint:
+        return _of_checkpoint(arguments)
+    question.refuse(arguments, question.OF_A_CHECKPOINT, "without --checkpoint FILE")
+    device = question.read_device(arguments)
+    dtype, settings = question.read_dtype(arguments, device), question.read_settings(arguments)
     calls = [*((shape, False) for shape in reasons.SHAPES), *((shape, True) for shape in reasons.MASKED)]
-    found = doctor.diagnosis([reasons.problem_of(shape, on, dtype, masked) for shape, masked in calls], Settings())
+    found = doctor.diagnosis([reasons.problem_of(shape, device, dtype, masked) for shape, masked in calls], settings)
     cells = [
         {"Call": reasons.label(*call), "Engine": made.engine, "Why": "; ".join(made.reasons)}
         for call, made in zip(calls, found.plans)
     ]
-    say(tables.of_cells(cells, left={"Call", "Engine", "Why"}))
-    say("\n" + "\n".join(found.sentences))
+    return _tell(cells, found)
+
+
+def _of_checkpoint(arguments: argparse.Namespace) -> int:
+    asked = question.read(arguments)
+    rows = asked.rows()
+    found = doctor.diagnosis([row.problem for row in rows], asked.settings, asked.free_bytes)
+    say(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
+    shown = ("Where", "Layers", "Tokens", "Heads", "Engine", "Why")
+    cells = [{name: text for name, text in group.cells().items() if name in shown} for group in grouped(rows)]
+    return _tell(cells, found, *engine_in_words(asked.settings.engine, rows), *asked.notes)
+
+
+def _tell(cells: list[dict[str, str]], found: doctor.Diagnosis, *notes: str) -> int:
+    say(tables.for_reading(cells, left={"Call", "Where", "Engine", "Why"}))
+    say("\n" + "\n".join([*found.sentences, *notes]))
     return 0

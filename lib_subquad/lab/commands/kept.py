@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...engines.table import Class, Found, Machine
 from ..measured import file
+from ..measured.words import to_be_measured_again
 
 MISSING = "platformdirs, which knows where your cache folder is, is not installed"
 INSTEAD = f"add --table FILE (the web UI's own is {file.NAME} in its data folder), or: pip install platformdirs"
@@ -34,6 +35,18 @@ def path(arguments: argparse.Namespace) -> Path | None:
     return Path(platformdirs.user_cache_dir("subquad", appauthor=False), file.NAME)
 
 
+def why_not(arguments: argparse.Namespace) -> str:
+    """Why nothing that is measured could be kept, in a sentence, before anything is; empty where it could."""
+    its = path(arguments)
+    if its is None:
+        return f"{MISSING}; {INSTEAD}"
+    try:
+        file.try_to_write(its)
+    except OSError as error:
+        return f"{its.absolute()} cannot be written: {file.why(error)}"
+    return ""
+
+
 def load(arguments: argparse.Namespace) -> None:
     """Go by what is in it, where there is one."""
     if (its := path(arguments)) is not None:
@@ -45,5 +58,6 @@ def add(arguments: argparse.Namespace, machine: Machine, found: Mapping[Class, F
     its = path(arguments)
     kept = file.add(its, machine, found)
     if kept:
-        return f"Kept in {its}: automatic goes by it, and `python -m lib_subquad order` shows it."
+        again = to_be_measured_again(found)
+        return f"Kept in {its}: automatic goes by it, and `python -m lib_subquad order` shows it. {again}".rstrip()
     return f"What was measured is not kept: {'see above' if its else f'{MISSING}; {INSTEAD}'}."

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...console import UserError
 from ...engines import order
 from .. import tables
 from ..explain.question import Question
+from ..explain.words import engine_in_words
 from ..tune.exploration import Exploration
 from ..tune.picture import draw
 from ..tune.trials import TUNED, Trial
@@ -32,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     files.check(arguments)
+    why_not = kept.why_not(arguments)
+    if why_not and arguments.table is not None:
+        raise UserError(why_not)
     kept.load(arguments)
     asked = question.read(arguments)
+    if why_not:
+        print(f"What is measured will not be kept: {why_not}.")
     exploration = Exploration(asked.rows(), asked.settings, asked.device, asked.free_bytes)
     stopped = _measure(exploration)
     disturbed = exploration.disturbance().sentence(past=True)
@@ -45,9 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:  # files first: who reads only the first lines closes the pipe
         files.save(arguments, _as_json(asked, exploration), lambda: draw(exploration))
     finally:
-        print(tables.of_cells(_table_rows(exploration), left={"Setting", ""}))
-        print("\n" + "\n".join([*_conclusions(exploration), *[disturbed] * bool(disturbed), *asked.notes]))
-    if found := exploration.found():
+        print(tables.for_reading(_table_rows(exploration), left={"Setting", ""}))
+        engine = engine_in_words(asked.settings.engine, exploration.rows)
+        print("\n" + "\n".join([*_conclusions(exploration), *engine, *[disturbed] * bool(disturbed), *asked.notes]))
+    found = exploration.found()
+    if found and not why_not:
         print(kept.add(arguments, order.machine(asked.device), found))
     if arguments.verify and not stopped:
         try:
@@ -83,7 +92,9 @@ def _conclusions(exploration: Exploration) -> list[str]:
     recommended = exploration.recommended()
     if recommended is None:
         return ["Nothing is recommended: it ended before settings were compared."]
-    found = [f"Recommended: {', '.join(f'{name} {getattr(recommended.settings, name)}' for name in TUNED)}"]
+    settings = ", ".join(f"{name} {getattr(recommended.settings, name)}" for name in TUNED)
+    nothing = ": nothing is clearly faster" if recommended is exploration.automatic() else ""
+    found = [f"Recommended: {settings}{nothing}"]
     if undecided := exploration.undecided():
         labels = ", ".join(trial.label for trial in undecided)
         why = "The machine was too busy to tell" if exploration.complete else "It ended before it was clear"
@@ -148,6 +159,7 @@ def _as_json(asked: Question, exploration: Exploration) -> dict[str, Any]:
         "trials": [
             {name: getattr(trial.settings, name) for name in TUNED}
             | {
+                "computed": trial.computed,
                 "seconds": trial.seconds,
                 "repeats": trial.repeats,
                 "peak_bytes": trial.peak_bytes,

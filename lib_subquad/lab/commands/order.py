@@ -13,12 +13,14 @@ import torch
 
 from ...console import UserError, say
 from ...engines import order
-from ...engines.table import Machine
+from ...engines.table import Class, Found, Machine
 from ..measured import file, rounds
-from ..measured.words import calls_in_words, found_in_words
+from ..measured.words import calls_in_words, found_in_words, problem_in_words, to_be_measured_again
 from . import kept, question
 
 MEASURE = "--measure"
+OF_MEASURING = (*question.OF_A_CHECKPOINT, "--dtype", *question.SETTINGS)
+CHOSEN = ("--engine", "--query-chunk", "--kv-chunk", "--checkpointing", "--retry")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{kept.MISSING}: {kept.INSTEAD}")
     if arguments.forget and arguments.checkpoint:
         raise UserError(f"--forget and {MEASURE} are two things: give one of them")
+    if arguments.checkpoint:
+        question.refuse(arguments, CHOSEN, f"with {MEASURE}, which tries every exact engine and its chunk sizes")
+        if why_not := kept.why_not(arguments):
+            raise UserError(why_not)
+    else:
+        question.refuse(arguments, OF_MEASURING, f"without {MEASURE} CHECKPOINT")
     file.load(path)
     if arguments.checkpoint:
         return _measure(arguments, path)
@@ -65,7 +73,7 @@ def _show(device: torch.device, path: Path) -> None:
         say("  nothing has been measured: automatic follows fixed rules")
     for machine, others in order.table().machines.items():
         if machine != here and others:
-            say(f"Not gone by here: {_kinds(len(others))}, on {_machine_in_words(machine)}")
+            say(f"Not used here: {_kinds(len(others))}, measured on {_machine_in_words(machine)}")
 
 
 def _kinds(count: int) -> str:
@@ -93,18 +101,20 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
     if not problems:
         say("There is one way only to compute these calls here: nothing to measure.")
         return 0
-    most = rounds.seconds_for(asked.device) * len(problems)
-    say(f"Measuring {_kinds(len(problems))}, for {most:.0f} s at the most")
-    start = time.perf_counter()
-    found = rounds.measured(problems, asked.settings, most, lambda words: say(f"  {words}"))
-    say(f"Measured in {time.perf_counter() - start:.1f} s:")
-    for calls, its in found.items():
-        say(f"  {calls_in_words(calls)}: {found_in_words(its)}")
-    if missing := len(problems) - len(found):
-        say(f"  of {_kinds(missing)} nothing is known: there was too little time or memory")
-    if not found:
-        return 1
-    if not file.add(path, order.machine(asked.device), found):
+    each = rounds.seconds_for(asked.device)
+    many = f" each, {each * len(problems):.0f} s in all" if len(problems) > 1 else ""
+    say(f"Measuring {_kinds(len(problems))}, for at most {each:.0f} s{many}:")
+    start, watch = time.perf_counter(), rounds.Watch()
+    found: dict[Class, Found] = {}
+    for number, problem in enumerate(problems, 1):
+        say(f"  {problem_in_words(problem)}: ", end="")
+        left = each * number - (time.perf_counter() - start)  # what the others have left is its own as well
+        its = rounds.measured([problem], asked.settings, left, watch=watch)
+        say(", ".join(map(found_in_words, its.values())) or "too little time or memory to tell")
+        found |= its
+    said = (watch.disturbance().sentence(past=True), to_be_measured_again(found))
+    say(" ".join(filter(None, (f"Measured in {time.perf_counter() - start:.1f} s.", *said))))
+    if not found or not file.add(path, order.machine(asked.device), found):
         return 1
     say(f"Kept in {path}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import tables
-from ..explain.words import layers_in_words, size_in_words
+from ..explain.words import engine_in_words, layers_in_words, size_in_words
 from . import kept, question
 
 
@@ -19,8 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = question.read(arguments)
     rows = asked.rows()
     print(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
-    print(tables.of_cells([row.cells() for row in rows], left={"Where", "Engine", "Why"}))
+    print(tables.for_reading([row.cells() for row in rows], left={"Where", "Engine", "Why"}))
     print(f"\n{size_in_words(asked)}")
-    for note in asked.notes:
+    for note in (*engine_in_words(asked.settings.engine, rows), *asked.notes):
         print(note)
     return 0

@@ -1,20 +1,36 @@
-"""What `plan` and `lab` are asked on the command line: a checkpoint, an image size, a device and settings."""
+"""What commands are asked: a checkpoint, an image size, a device and settings."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from ...checkpoint import T5_TOKENS, CheckpointError, read_attention_layers
-from ...console import UserError, first_line
+from ...console import UserError
 from ...settings import OPTIONS, Option, Settings
 from ..explain.question import Question
 from ..explain.sizes import parse_size
-from .arguments import DTYPES, argument, best_device, positive
+from .arguments import DTYPES, argument, best_device, positive, usable
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+OF_A_CHECKPOINT = ("--heads", "--size", "--batch", "--t5-tokens", "--vae")
+SETTINGS = tuple(map(_flag, OPTIONS))
+
+
+class _Given(argparse.Action):
+    """Stores a value, and by which option one was given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*getattr(namespace, "given", ()), self.option_strings[0]]
 
 
 def add_arguments(parser: argparse.ArgumentParser, named_by: str = "--checkpoint", **how: Any) -> None:
@@ -23,22 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser, named_by: str = "--checkpoint
     parser.add_argument(named_by, dest="checkpoint", **what)
     parser.add_argument(
         "--heads",
+        action=_Given,
         type=positive,
         metavar="N",
         help="heads of every layer outside the VAE (default: as the file's family has them)",
     )
     parser.add_argument(
-        "--size", default="512", metavar="PIXELS", help="of the image: 512 or 1024x1536 (default: %(default)s)"
+        "--size",
+        action=_Given,
+        default="512",
+        metavar="PIXELS",
+        help="of the image: 512 or 1024x1536 (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="images made at once (default: %(default)s)"
+        "--batch",
+        action=_Given,
+        type=positive,
+        default=1,
+        metavar="N",
+        help="images made at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="what the model computes in (default: float16 on a GPU, float32 on the CPU)"
+        "--dtype",
+        action=_Given,
+        choices=DTYPES,
+        help="what the model computes in (default: float16 on a GPU, float32 on the CPU)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best this machine has)")
     parser.add_argument(
         "--t5-tokens",
+        action=_Given,
         type=positive,
         default=T5_TOKENS,
         metavar="N",
@@ -57,7 +87,38 @@ def add_arguments(parser: argparse.ArgumentParser, named_by: str = "--checkpoint
         else:
             more |= {"type": _whole(option), "metavar": "N"}
         words = option.help.replace("%", "%%").removesuffix(".")
-        group.add_argument(_flag(name), help=f"{words} (default: {more['default']}).", **more)
+        group.add_argument(_flag(name), action=_Given, help=f"{words} (default: {more['default']}).", **more)
+
+
+def refuse(arguments: argparse.Namespace, options: Collection[str], why: str) -> None:
+    """Nothing that was typed is passed over in silence.
+
+    Raises:
+        UserError: one of these options was given; `why` says why it has no meaning.
+    """
+    if given := [it for it in dict.fromkeys(getattr(arguments, "given", ())) if it in options]:
+        raise UserError(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning {why}")
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """The settings that were given.
+
+    Raises:
+        UserError: one is out of its range.
+    """
+    values = {name: getattr(arguments, name, option.default) for name, option in OPTIONS.items()}
+    for name, option in OPTIONS.items():
+        if isinstance(option.default, bool) and hasattr(arguments, name):
+            values[name] = values[name] == "on"
+    settings = Settings(**values)
+    # There is no web UI to follow.
+    return dataclasses.replace(settings, upcast="never") if settings.upcast == "web UI" else settings
+
+
+def read_dtype(arguments: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """What the model computes in on this device."""
+    dtype: torch.dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "float16"))
+    return dtype
 
 
 def read(arguments: argparse.Namespace, named_by: str = "--checkpoint") -> Question:
@@ -66,16 +127,9 @@ def read(arguments: argparse.Namespace, named_by: str = "--checkpoint") -> Quest
     Raises:
         UserError: something in it cannot be.
     """
-    values = {name: getattr(arguments, name, option.default) for name, option in OPTIONS.items()}
-    for name, option in OPTIONS.items():
-        if isinstance(option.default, bool) and hasattr(arguments, name):
-            values[name] = values[name] == "on"
-    settings = Settings(**values)
-    if settings.upcast == "web UI":
-        settings = dataclasses.replace(settings, upcast="never")  # there is none to follow
+    settings = read_settings(arguments)
     width, height = parse_size(arguments.size)
     device = read_device(arguments)
-    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
     try:
         checkpoint = read_attention_layers(arguments.checkpoint, arguments.heads)
     except CheckpointError as error:  # which names the file without its folder
@@ -87,7 +141,7 @@ def read(arguments: argparse.Namespace, named_by: str = "--checkpoint") -> Quest
         width,
         height,
         arguments.batch,
-        getattr(torch, dtype),
+        read_dtype(arguments, device),
         device,
         settings,
         t5_tokens=arguments.t5_tokens,
@@ -104,12 +158,7 @@ def read_device(arguments: argparse.Namespace) -> torch.device:
     Raises:
         UserError: it cannot be used.
     """
-    try:
-        device = torch.device(arguments.device) if arguments.device else best_device()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {arguments.device!r} cannot be used: {first_line(error)}") from error
-    return device
+    return usable(arguments.device or str(best_device()))
 
 
 def _whole(option: Option) -> Callable[[str], object]:
@@ -121,7 +170,3 @@ def _whole(option: Option) -> Callable[[str], object]:
             raise ValueError(f"{text!r}; expected {option.expected}") from None
 
     return whole
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

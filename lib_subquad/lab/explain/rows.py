@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...plan import Plan
+from ...plan import Plan, why_another
 from ...problem import Problem, item_bytes
 from .. import tables
 
@@ -104,6 +104,13 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
         key = (_where(row), row.plan.engine, _at_a_time(row), row.plan.reasons)
         found.setdefault(key, []).append(row)
     return [Group(tuple(sorted(alike, key=lambda row: -row.problem.queries))) for alike in found.values()]
+
+
+def not_by(engine: str, rows: Iterable[Row]) -> tuple[int, str]:
+    """In how many layers another engine computes than this one, which is set, and why, in words; (0, "") where none
+    does, or none is set."""
+    others = [(row.layers, why) for row in rows if (why := why_another(row.plan, engine))]
+    return sum(layers for layers, _ in others), others[0][1] if others else ""
 
 
 def _where(row: Row) -> tuple[str, str]:

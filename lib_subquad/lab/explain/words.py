@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from . import sizes
 from .question import Question
-from .rows import Row
+from .rows import Row, not_by
 
 MODELS = {"unet": "the U-Net", "transformer": "the transformer"}
 LOOKS = {
@@ -15,6 +15,8 @@ LOOKS = {
     "self": "in which the image looks at itself",
     "cross": "in which the image looks at the prompt",
 }
+SET_IN_VAIN = "The engine is set to {engine}, which computes nothing here: {why}."
+SET_FOR_SOME = "The engine is set to {engine}, which computes {count} of {layers} layers. For the others: {why}."
 REST = "The rest of the model needs memory as well."
 
 
@@ -37,6 +39,14 @@ def layers_in_words(rows: Sequence[Row], kinds: bool = False) -> str:
     if vae:
         told.append(f"{vae.total()} {'' if model else 'attention layers '}in the VAE")
     return ", ".join(told)
+
+
+def engine_in_words(engine: str, rows: Sequence[Row]) -> list[str]:
+    """A sentence where the engine that is set does not compute all of it."""
+    others, why = not_by(engine, rows)
+    layers = sum(row.layers for row in rows)
+    form = SET_IN_VAIN if others == layers else SET_FOR_SOME
+    return [form.format(engine=engine, count=layers - others, layers=layers, why=why)] if others else []
 
 
 def size_in_words(question: Question, limit: str = "memory limit", strong: Callable[[str], str] = str) -> str:

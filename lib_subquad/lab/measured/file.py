@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -18,7 +19,7 @@ from typing import BinaryIO
 from ... import console
 from ...engines import order
 from ...engines.table import LARGEST_FILE, Class, Found, Machine, Table
-from ..whole import write_whole
+from ..whole import beside, write_whole
 
 try:
     import fcntl
@@ -55,6 +56,21 @@ def forget(path: Path | None, machine: Machine | None = None) -> bool:
     return _change(path, without, "nothing is forgotten for good")
 
 
+def try_to_write(path: Path) -> None:
+    """Find out, before anything slow begins, whether it can be kept there. What is there stays as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt" and path.exists() and not os.access(path, os.W_OK):  # elsewhere only its folder matters
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with _alone(path):
+        _read(path, to_replace=True)
+        with beside(path) as other, open(other, "x"):
+            pass
+
+
 def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str) -> bool:
     order.go_by(change(order.table()))
     if path is None:
@@ -70,7 +86,7 @@ def _change(path: Path | None, change: Callable[[Table], Table], otherwise: str)
             if before.machines or after.machines:
                 write_whole(path, after.to_json().encode())
     except OSError as error:
-        _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({_why(error)})")
+        _warn_once(f"[subquad] {otherwise}: {path.name} cannot be written ({why(error)})")
         return False
     return True
 
@@ -80,7 +96,7 @@ def read(path: Path) -> Table:
     try:
         return _read(path)
     except OSError as error:
-        _warn_once(f"[subquad] {path.name} cannot be read ({_why(error)}): nothing is known to have been measured")
+        _warn_once(f"[subquad] {path.name} cannot be read ({why(error)}): nothing is known to have been measured")
     return Table()
 
 
@@ -100,13 +116,13 @@ def _read(path: Path, to_replace: bool = False) -> Table:
     except FileNotFoundError:
         return Table()
     except ValueError as error:
-        why = "it is no text" if isinstance(error, UnicodeDecodeError) else error
+        told = "it is no text" if isinstance(error, UnicodeDecodeError) else error
         if path.name == NAME:
-            _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {why}")
+            _warn_once(f"[subquad] {path.name} is ignored, and written anew when something is measured: {told}")
         elif to_replace and content.strip():
             raise OSError("it is no file of measurements, and stays as it is") from error
         else:
-            _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {why}")
+            _warn_once(f"[subquad] {path.name} is no file of measurements, and is ignored: {told}")
     return Table()
 
 
@@ -144,7 +160,8 @@ def _tidy(path: Path) -> None:
             left.unlink()
 
 
-def _why(error: OSError) -> str:
+def why(error: OSError) -> str:
+    """In words."""
     return error.strerror or str(error) or type(error).__name__  # and not the path, which may have a name in it
 
 

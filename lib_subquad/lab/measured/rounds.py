@@ -4,15 +4,17 @@
     found = rounds.measured(problems, settings, rounds.seconds_for(device))
     file.add(path, order.machine(device), found)
 
-Where too little came of it – another program took the time, or the memory – nothing is found, and `tried` knows: nobody
-waits for the same again before the next start, or `forget()`.
+Where too little came of it – another program took the time, or the memory – nothing is found; and where other programs
+disturbed it, that nothing is faster is not believed. `tried` knows both: nobody waits for the same again before the
+next start, or `forget()`.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +23,15 @@ from ... import console, refusals
 from ... import device as devices
 from ...attention import attention
 from ...engines import order
-from ...engines.table import FEWEST_ROUNDS, Candidate, Class, Found, Machine, choose, class_of
+from ...engines.table import AGREEING, CLEAR, FEWEST_ROUNDS, Candidate, Class, Found, Machine, choose, class_of
 from ...plan import Plan, plan_problem
 from ...problem import Problem
 from ...settings import CHUNK_MAX, Settings
 from ...tensors import rows_of
 from ...trust import tensors
-from .. import meter
+from .. import machine, meter
+from ..disturbance import Disturbance
+from .words import problem_in_words
 
 # Seconds for all shapes of an image together.
 SECONDS_ON_A_CPU, SECONDS = 5.0, 2.0
@@ -53,9 +57,13 @@ def seconds_for(device: torch.device) -> float:
 
 
 def unknown(problems: Iterable[tuple[Problem, int]], settings: Settings) -> list[Problem]:
-    """Of those that are `worth_measuring`, the ones of whose class nothing is known yet, and that were not tried."""
-    new = [it for it in _costly(problems) if order.found(it) is None and not tried(it)]
+    """Of those that are `worth_measuring`, those of whose class nothing certain is known, and that were not tried."""
+    new = [it for it in _costly(problems) if not _is_certain(order.found(it)) and not tried(it)]
     return [problem for problem in new if len(candidates(problem, settings)) > 1]
+
+
+def _is_certain(found: Found | None) -> bool:
+    return found is not None and not found.disturbed
 
 
 def worth_measuring(problems: Iterable[tuple[Problem, int]], settings: Settings) -> list[Problem]:
@@ -77,7 +85,7 @@ def _costly(problems: Iterable[tuple[Problem, int]]) -> list[Problem]:
 
 
 def tried(problem: Problem) -> bool:
-    """Whether this process has measured calls of this class on this device, and nothing came of it."""
+    """Whether this process has measured calls of this class on this device, and nothing certain came of it."""
     return (order.machine(problem.device), class_of(problem)) in _tried
 
 
@@ -90,13 +98,43 @@ def _cost(problem: Problem) -> float:
     return problem.batch * problem.heads * problem.queries * problem.keys * (problem.width + problem.value_width)
 
 
+@dataclass
+class Watch:
+    """What other programs do from when it is made on, and the rounds that were measured meanwhile."""
+
+    began: machine.Seconds | None = field(default_factory=lambda: machine.processor_seconds())
+    rounds: list[Mapping[Candidate, Sequence[float]]] = field(default_factory=list)
+
+    def disturbance(self) -> Disturbance:
+        """Until now."""
+        share = machine.share_of_others(self.began, machine.processor_seconds()) if self.began else None
+        runs = [its for seconds in self.rounds for its in seconds.values() if its]
+        quiet = sum(min(its) * len(its) for its in runs)
+        apart = [it for seconds in self.rounds for it in _least_ratios(seconds)]
+        return Disturbance(
+            share, sum(map(sum, runs)) / quiet if quiet else 1.0, statistics.median(apart) if apart else None
+        )
+
+
+def _least_ratios(seconds: Mapping[Candidate, Sequence[float]]) -> Iterator[float]:
+    """How many times as long as each of the others the first must take for enough rounds to say so clearly: what their
+    ratios differ by."""
+    first, *others = seconds.values()
+    for other in others:
+        ratios = sorted(its / mine for its, mine in zip(other, first))
+        if len(ratios) >= FEWEST_ROUNDS:
+            yield ratios[round(AGREEING * (len(ratios) - 1))] / statistics.median(ratios) / CLEAR
+
+
 def measured(
     problems: Sequence[Problem],
     settings: Settings,
     seconds: float,
     telling: Callable[[str], None] = lambda words: None,
+    watch: Watch | None = None,
 ) -> dict[Class, Found]:
-    """What is fastest for each of these problems, as far as `seconds` reach; the costliest first.
+    """What is fastest for each of these problems, as far as `seconds` reach; the costliest first. `watch` sees what
+    came of it, beside what it found.
 
     Queries are fewer than they are where a call would take too long: time goes with their number, whatever computes
     them. Nothing is told of a problem for which there was too little time, or too little memory: that is `tried`. Never
@@ -106,22 +144,30 @@ def measured(
     until = time.perf_counter() + seconds
     for number, problem in enumerate(problems):
         now = time.perf_counter()
-        telling(f"{problem.queries} x {problem.keys} tokens")
-        chosen = _chosen(problem, settings, now + (until - now) / (len(problems) - number)) if now < until else None
+        telling(problem_in_words(problem))
+        its = Watch()
+        chosen = (
+            _chosen(problem, settings, now + (until - now) / (len(problems) - number), its) if now < until else None
+        )
         devices.release_cached(problem.device)
-        if chosen is None:
+        if watch is not None:
+            watch.rounds += its.rounds
+        if not _is_certain(chosen):
             _tried.add((order.machine(problem.device), class_of(problem)))
-        else:
+        if chosen is not None:
             found[class_of(problem)] = chosen
     return found
 
 
-def _chosen(problem: Problem, settings: Settings, until: float) -> Found | None:
+def _chosen(problem: Problem, settings: Settings, until: float, watch: Watch) -> Found | None:
     try:
         comparison = _Comparison(problem, settings, until)
         with torch.no_grad():
             comparison.run()
-        return comparison.chosen()
+        watch.rounds += [comparison.seconds] * bool(comparison.seconds)
+        chosen = comparison.chosen()
+        hidden = watch.disturbance().hides_something(problem.device)
+        return chosen.beside_others() if chosen is not None and hidden else chosen
     except Exception as error:  # no memory for tensors of these sizes; or a device that computes nothing any more
         if not devices.is_out_of_memory(error):
             console.warn(f"[subquad] engines cannot be measured: {error}")

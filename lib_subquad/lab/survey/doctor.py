@@ -19,7 +19,9 @@ from . import facts
 from .advice import Advice, Situation, advise
 
 NOT_LOADABLE = "is installed but cannot be loaded"  # as `engines.packages` words it
-NOTHING = "Nothing to gain: no switch is known that would help here."
+NOTHING = "Nothing to gain by a switch: none is known that would help here."
+NO_SWITCH = "No switch is known that would change that."
+WITHOUT_KERNEL = "{count} of {calls} kinds of call run without a fused kernel, because {why}."
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,14 @@ class Diagnosis:
 
     @property
     def sentences(self) -> list[str]:
-        """Each piece of advice with its source, or that there is none."""
-        return [f"{advice.words} (source: {advice.source})." for advice in self.advice] or [NOTHING]
+        """What has no fused kernel, and why; each piece of advice with its source, or that there is none."""
+        unfused = [made for made in self.plans if lacks_kernel(made)]
+        advice = [f"{it.words} (source: {it.source})." for it in self.advice]
+        if not unfused:
+            return advice or [NOTHING]
+        why = "; ".join(unfused[0].reasons)
+        so = WITHOUT_KERNEL.format(count=len(unfused), calls=len(self.plans), why=why)
+        return [so, *(advice or [NO_SWITCH])]
 
 
 def diagnosis(problems: Sequence[Problem], settings: Settings, free_bytes: int | None = None) -> Diagnosis:

@@ -22,12 +22,12 @@ from ...plan import Plan, limit_bytes, measured, plan_problem, why_it_cannot
 from ...problem import Problem
 from ...settings import Settings
 from .. import machine
+from ..disturbance import Disturbance
 from ..explain.rows import Row
 from .calls import Call, Key, cost, describe, key_of, measure, ran_out
 from .candidates import candidates
-from .disturbance import Disturbance, least_difference
 from .estimate import Estimate
-from .trials import AUTOMATIC, COUNTING, TUNED, Judgement, Trial, front, judged
+from .trials import AUTOMATIC, COUNTING, TUNED, Judgement, Trial, front, judged, least_difference
 
 # Shapes that together make less than this share of the work take their time from Automatic: no setting moves them.
 NEGLIGIBLE_SHARE = 0.03
@@ -92,6 +92,7 @@ class Exploration:
     _judgement: Judgement = Judgement()
     _wanted: list[Settings] = field(default_factory=list)
     _processor: machine.Seconds | None = None
+    _ended: machine.Seconds | None = None
     _began: float | None = None
     _done: int = 0
 
@@ -111,6 +112,7 @@ class Exploration:
         yield from self._try()
         self._finalists = self._choose_finalists()
         yield from self._compare()
+        self._ended = machine.processor_seconds()
         self.complete = True
 
     def automatic(self) -> Trial | None:
@@ -144,12 +146,14 @@ class Exploration:
             ("no clear difference", faster == (False, False)),
             ("over the memory limit", not trial.fits),
             ("inexact", trial.settings.engine in order.inexact()),
+            (f"{trial.settings.engine} is set, but computed nothing", trial.set_in_vain),
         )
         return [words for words, true in said if true]
 
     def disturbance(self) -> Disturbance:
-        """What other programs did to it so far."""
-        share = machine.share_of_others(self._processor, machine.processor_seconds()) if self._processor else None
+        """What other programs did to it so far, or until it was complete."""
+        now = self._ended or machine.processor_seconds()
+        share = machine.share_of_others(self._processor, now) if self._processor else None
         return Disturbance(share, self._estimate.slowed(), least_difference(self._judgement.trials))
 
     def pareto_front(self) -> list[Trial]:
@@ -169,13 +173,15 @@ class Exploration:
 
     def found(self) -> dict[Class, Found]:
         """What is fastest for each shape, of what was compared with the fixed order's choice in as many rounds. Nothing
-        before it is complete."""
+        before it is complete. That nothing was clearly faster is to be measured again where other programs disturbed
+        it."""
         found: dict[Class, Found] = {}
+        disturbed = self.disturbance().hides_something(self.device)
         for row in self.rows[::-1] if self.complete else ():  # of a class the costliest shape
             seconds = self._seconds_of_candidates(row.problem)
             chosen = choose(seconds) if len(seconds) > 1 else None
             if chosen is not None:
-                found[class_of(row.problem)] = chosen
+                found[class_of(row.problem)] = chosen.beside_others() if disturbed else chosen
         return found
 
     def _seconds_of_candidates(self, problem: Problem) -> dict[Candidate, list[float]]:
@@ -375,7 +381,9 @@ class Exploration:
         first, fastest = (self._step(of(runs_of_call)[0] for runs_of_call in runs) for of in (itemgetter(0), min))
         peaks = [statistics.median(peak for _, peak in runs_of_call) for runs_of_call in runs]
         fits = all(peak <= self._limits[problem] for peak, (problem, _) in zip(peaks, calls))
-        trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits)
+        matter = [plan.engine for row, (_, plan) in zip(self.rows, calls) if self._matters(row)]
+        computed = tuple(dict.fromkeys(matter))
+        trial = Trial(settings, first, first, first, fastest, int(max(peaks)), fits, computed=computed)
         rounds = self._rounds(calls)
         return trial.in_rounds(rounds) if len(rounds) > 1 else trial
 

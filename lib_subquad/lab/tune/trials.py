@@ -37,6 +37,7 @@ class Trial:
     order; none if it was only tried once, to see whether it is worth that. `repeats`: in how many rounds it was
     measured, or 1. `seconds` is the median of those rounds, `low` and `high` their least and greatest; of what was only
     tried, the time of that. `fastest_seconds` is the sum of every call's fastest run, its tries among them.
+    `computed` are the engines that did it, which may not be the one that is set.
     `peak_bytes` is the plan's estimate, or what was measured where that is more (a high-water mark does not see memory
     that the process already held); the call's result is not counted.
     """
@@ -50,6 +51,12 @@ class Trial:
     fits: bool
     rounds: tuple[float, ...] = ()
     repeats: int = 1
+    computed: tuple[str, ...] = ()
+
+    @property
+    def set_in_vain(self) -> bool:
+        """Whether the engine that is set computed none of it."""
+        return bool(self.computed) and self.settings.engine not in ("automatic", *self.computed)
 
     @property
     def label(self) -> str:
@@ -57,7 +64,8 @@ class Trial:
         if all(getattr(chosen, name) == value for name, value in AUTOMATIC.items()):
             return "automatic"
         sizes = [f"{size or 'auto'}" for size in (chosen.query_chunk, chosen.kv_chunk)]
-        return f"{chosen.engine} {sizes[0]} x {sizes[1]}"
+        engine = " + ".join(self.computed) if self.set_in_vain else chosen.engine
+        return f"{engine} {sizes[0]} x {sizes[1]}"
 
     def in_rounds(self, seconds: Iterable[float]) -> Trial:
         """The same, measured in so many rounds beside the others."""
@@ -133,3 +141,10 @@ def front(trials: Iterable[Trial]) -> Iterator[Trial]:
 def about_as_fast(trial: Trial, other: Trial) -> bool:
     """Whether it is clear that neither is faster."""
     return trial.faster_than(other) is False and other.faster_than(trial) is False
+
+
+def least_difference(compared: Iterable[Trial]) -> float | None:
+    """How many times as long as another a setting must take for all rounds that count to say so: what they differ by
+    among themselves, as a rule, and what is worth a change."""
+    spreads = [trial.rounds[-1] / trial.rounds[0] for trial in compared if trial.rounds]
+    return statistics.median(spreads) / WORTH_CHANGING if spreads else None

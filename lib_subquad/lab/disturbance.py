@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .trials import WORTH_CHANGING, Trial
+import torch
 
 # Less than this is nothing to speak of: of the processors, and beyond what repeated calls take at best.
 SHARE, LONGER = 0.1, 1.1
@@ -23,13 +21,23 @@ class Disturbance:
     longer: float = 1.0
     difference: float | None = None
 
+    @property
+    def felt(self) -> bool:
+        """Whether that is anything to speak of."""
+        return self.longer >= LONGER or (self.share or 0.0) >= SHARE
+
+    def hides_something(self, device: torch.device) -> bool:
+        """Whether something that is faster on this device may look as if it were not. An accelerator computes by
+        itself, whatever the processors do meanwhile."""
+        return self.felt if device.type == "cpu" else self.longer >= LONGER
+
     def _how_many(self) -> str:
         """What one short call lost to another program is no measure of the others."""
         return f"about {self.longer:.1f}" if self.longer < MANY else "many"
 
     def sentence(self, past: bool) -> str:
         """In words; empty where nothing disturbed it."""
-        if self.longer < LONGER and (self.share or 0.0) < SHARE:
+        if not self.felt:
             return ""
         who = "Something else" if self.share is None or self.share < SHARE else "Other programs"
         busy = "" if self.share is None or self.share < SHARE else f" {self.share * 100:.0f} % of the processor"
@@ -41,11 +49,4 @@ class Disturbance:
         if self.difference is None:
             return f"{who} {verb}{busy}: {so}."
         least = f"{max(1, round((self.difference - 1) * 100))} %"
-        return f"{who} {verb}{busy}: {so}, and settings that differ by less than {least} cannot be told apart."
-
-
-def least_difference(compared: Iterable[Trial]) -> float | None:
-    """How many times as long as another a setting must take for all rounds that count to say so: what they differ by
-    among themselves, as a rule, and what is worth a change."""
-    spreads = [trial.rounds[-1] / trial.rounds[0] for trial in compared if trial.rounds]
-    return statistics.median(spreads) / WORTH_CHANGING if spreads else None
+        return f"{who} {verb}{busy}: {so}, and what differs by less than {least} cannot be told apart."
