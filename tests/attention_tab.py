@@ -157,9 +157,19 @@ def from_answer_to_undo(page, set_query_chunk: Callable[[int], None], generate: 
 
 def cut_off(page) -> list[str]:
     """What of the tab is wider than its place, scrolls sideways or lies outside of the page, and words in the plot that
-    lie on others. Fields are left out: a checkpoint's name may be longer than any."""
+    lie on others. Fields are left out: a checkpoint's name may be longer than any; and so is what the page would scroll
+    by without the tab."""
     return page.evaluate(OVER_ONE_ANOTHER) + page.evaluate(
-        """() => [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
+        """() => {
+        const scrollsSideways = () => {
+            const tab = document.querySelector("#subquad_page"), before = tab.style.display;
+            const width = document.documentElement.scrollWidth;
+            tab.style.display = "none";
+            const without = document.documentElement.scrollWidth;
+            tab.style.display = before;
+            return width > Math.max(innerWidth, without);
+        };
+        return [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
             const box = it.getBoundingClientRect();
             if (!box.width || !box.height || it.closest(".subquad-table thead, .sr-only")) return false;
             if (it.closest("svg") && it.tagName !== "text") return false;
@@ -169,7 +179,8 @@ def cut_off(page) -> list[str]:
             return wide || box.left < -1 || box.right > document.documentElement.clientWidth + 1;
         }).map(it => `${it.tagName} ${it.id} ${it.className}: ${it.scrollWidth} in ${it.clientWidth}, ` +
             `${it.innerText || it.value || ""}`.slice(0, 80)).concat(
-            document.documentElement.scrollWidth > innerWidth ? ["the page scrolls sideways"] : [])"""
+            scrollsSideways() ? ["the page scrolls sideways"] : [])
+        }"""
     )
 
 
