@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
 
 import pytest
 
-from tests.accessibility import turned_around, violations
-from tests.attention_tab import ANSWER, DETAILS, SENTENCE, AttentionTab, cut_off, from_answer_to_undo
+from tests.attention_tab import ANSWER, DETAILS, SENTENCE, AttentionTab, from_answer_to_undo
 from tests.pages import generate, open_page, set_number, set_query_chunk
-
-TITLE = "subquad - fast attention within a memory limit"
+from tests.real_tab import (
+    it_reads_at_every_width_and_for_everyone,
+    the_answer_comes_by_itself,
+    the_status_is_current,
+    whoever_makes_others_wait_is_asked_first,
+)
+from tests.webui.conftest import SDP, TITLE
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +57,8 @@ def test_the_sliders_of_the_page_are_asked_about_before_the_first_image(webui, b
         page.close()
 
 
-def test_the_answer_is_right_and_comes_by_itself(page):
-    server = page.server
-    tab = AttentionTab(page).open(side=512)
-    tab.wait_for(SENTENCE, "at 512 × 512 on")
-    assert "PyTorch's fused kernel in all" in tab.sentence and tab.sentence.endswith("Nothing to gain.")
-    server.options(subquad_engine="portable")
-    tab.wait_for(SENTENCE, "no layer has a fused kernel, because the engine is set to portable.")
-    assert tab.sentence.endswith("Measure tells which is faster.")
-    server.options(subquad_engine="automatic", subquad_memory_limit=10)
-    for name, value in (("width", 16384), ("height", 16384), ("batch", 64)):
-        set_number(page, f"subquad_{name}", value)
-    tab.wait_for(SENTENCE, "at 64 images of 16384 × 16384 on")
-    assert "this does not fit. A call of attention takes" in tab.sentence
-    tab.wait_for_buttons()  # nothing can be pressed
-    server.select("sdp - scaled dot product")
-    tab.wait_for(SENTENCE, "subquad is not active: the web UI uses sdp - scaled dot product. Select “subquad")
-    server.select(TITLE)
-    server.options(subquad_memory_limit=70)
-    set_number(page, "subquad_batch", 1)
+def test_the_answer_comes_by_itself(page):
+    the_answer_comes_by_itself(page, lambda ours: page.server.select(TITLE if ours else SDP))
 
 
 def test_without_a_checkpoint_it_says_where_one_belongs(webui, browser, tmp_path):
@@ -85,48 +70,12 @@ def test_without_a_checkpoint_it_says_where_one_belongs(webui, browser, tmp_path
         page.close()
 
 
-def test_the_status_is_current_without_a_click(webui, page):
-    """An image that somebody else makes; what was typed stays."""
-    tab = AttentionTab(page).open(side=64)
-    steps = 5
-    page.server.generate(width=128, height=128, steps=steps)
-    tab.wait_for("#subquad_status", f"Last generation: {webui.model('SD 1').calls(steps)} calls")
-    assert tab.size == ("64", "64")
-
-
-@contextlib.contextmanager
-def an_image_that_takes_long(server):
-    """From its first step until it is interrupted, at the end."""
-    making = threading.Thread(target=server.generate, kwargs={"width": 512, "height": 512, "steps": 150})
-    making.start()
-    while server.call("/sdapi/v1/progress?skip_current_image=true")["progress"] == 0:
-        assert making.is_alive()
-        time.sleep(0.2)
-    try:
-        yield
-        assert making.is_alive()
-    finally:
-        server.ask("/sdapi/v1/interrupt", {})
-        making.join()
+def test_the_status_is_current(webui, page):
+    the_status_is_current(page, webui.model("SD 1").calls(5), width=128, height=128, steps=5)
 
 
 def test_whoever_makes_others_wait_is_asked_first(page):
-    """And waits until the image is made, or takes it back meanwhile."""
-    with an_image_that_takes_long(page.server):
-        tab = AttentionTab(page).open(side=64)
-        for cancelled in (True, False):
-            tab.click("measure")
-            tab.wait_for("#subquad_message", "Others use this web UI now: an image is being made.")
-            tab.wait_for("#subquad_measure", "Measure all the same")
-            tab.wait_for_buttons("measure")
-            tab.click("measure")
-            tab.wait_for(ANSWER, "An image is being made: measuring begins when it is done.")
-            tab.wait_for_buttons("cancel")
-            if cancelled:
-                tab.click("cancel")
-                tab.wait_for("#subquad_message", "Cancelled before its turn came: nothing was measured.")
-                tab.wait_for_buttons("measure")
-    tab.wait_for(f"{ANSWER} table", "recommended")
+    whoever_makes_others_wait_is_asked_first(page)
 
 
 def test_another_page_is_told_who_is_busy(page):
@@ -162,23 +111,7 @@ def test_an_image_waits_while_measuring(page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_reads_at_every_width_and_for_everyone(page, theme):
-    opened = open_page(page.context.browser, page.server, f"/?__theme={theme}", viewport={"width": 1280, "height": 800})
-    tab = AttentionTab(opened).open(side=64)
-    for fold in ("details_fold", "about"):
-        tab.unfold(fold)
-    tab.wait_for(DETAILS, "attention layers in the U-Net")
-    tab.click("measure")
-    tab.wait_for(f"{ANSWER} table", "recommended")
-    opened.wait_for_selector("#subquad_plot svg[role=img]")
-    for width in (1280, 768, 390):
-        for zoom in (1, 2):  # as the browser does: half as many pixels, each twice as large
-            opened.set_viewport_size({"width": width // zoom, "height": 800})
-            opened.wait_for_timeout(300)
-            assert cut_off(opened) == [], f"at {width} pixels, {zoom * 100} %"
-            assert violations(opened) == []
-    opened.evaluate("document.documentElement.dir = 'rtl'")
-    assert turned_around(opened) == [] and cut_off(opened) == []
-    opened.close()
+    it_reads_at_every_width_and_for_everyone(page, theme)
 
 
 def test_without_gradios_queue(webui, browser):
