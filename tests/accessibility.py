@@ -19,14 +19,14 @@ def violations(page, element: str = "#subquad_page") -> list[str]:
 
 
 def turned_around(page) -> list[str]:
-    """Sizes such as 16 × 8 of which the first number stands to the right of the second."""
+    """Sizes such as 16 × 8, and numbers such as 3 MiB, of which the first part stands to the right of the second."""
     return page.evaluate(
         """() => {
             const texts = document.createTreeWalker(document.querySelector("#subquad_page"), NodeFilter.SHOW_TEXT);
             const found = [];
             while (texts.nextNode()) {
                 const text = texts.currentNode;
-                for (const match of text.data.matchAll(/([0-9]+²?)( [×x] )([0-9]+²?)/g)) {
+                for (const match of text.data.matchAll(/([0-9.]+²?)( [×x] | )([0-9]+²?|[KMG]iB|[mµ]?s|%)/g)) {
                     const [one, other] = [[0, 1], [match[1].length + match[2].length, match[0].length]].map(part => {
                         const range = document.createRange();
                         range.setStart(text, match.index + part[0]);

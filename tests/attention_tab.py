@@ -156,19 +156,42 @@ def from_answer_to_undo(page, set_query_chunk: Callable[[int], None], generate: 
 
 
 def cut_off(page) -> list[str]:
-    """What of the tab is wider than its place, scrolls sideways or lies outside of the page. Fields are left out: a
-    checkpoint's name may be longer than any."""
-    return page.evaluate(
-        """() => [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
+    """What of the tab is wider than its place, scrolls sideways or lies outside of the page, and words in the plot that
+    lie on others. Fields are left out: a checkpoint's name may be longer than any; and so is what the page would scroll
+    by without the tab."""
+    return page.evaluate(OVER_ONE_ANOTHER) + page.evaluate(
+        """() => {
+        const scrollsSideways = () => {
+            const tab = document.querySelector("#subquad_page"), before = tab.style.display;
+            const width = document.documentElement.scrollWidth;
+            tab.style.display = "none";
+            const without = document.documentElement.scrollWidth;
+            tab.style.display = before;
+            return width > Math.max(innerWidth, without);
+        };
+        return [...document.querySelectorAll("#subquad_page, #subquad_page *")].filter(it => {
             const box = it.getBoundingClientRect();
-            if (!box.width || !box.height || it.closest(".subquad-table thead, svg, .sr-only")) return false;
+            if (!box.width || !box.height || it.closest(".subquad-table thead, .sr-only")) return false;
+            if (it.closest("svg") && it.tagName !== "text") return false;
             if (getComputedStyle(it).visibility === "hidden") return false;
-            const wide = it.tagName !== "INPUT" && it.clientWidth && it.scrollWidth > it.clientWidth + 1;
+            const holds = it.clientWidth && !["INPUT", "text"].includes(it.tagName);
+            const wide = holds && it.scrollWidth > it.clientWidth + 1;
             return wide || box.left < -1 || box.right > document.documentElement.clientWidth + 1;
         }).map(it => `${it.tagName} ${it.id} ${it.className}: ${it.scrollWidth} in ${it.clientWidth}, ` +
             `${it.innerText || it.value || ""}`.slice(0, 80)).concat(
-            document.documentElement.scrollWidth > innerWidth ? ["the page scrolls sideways"] : [])"""
+            scrollsSideways() ? ["the page scrolls sideways"] : [])
+        }"""
     )
+
+
+OVER_ONE_ANOTHER = """() => {
+    const shown = it => it.getClientRects().length && getComputedStyle(it).visibility !== "hidden";
+    const words = [...document.querySelectorAll("#subquad_plot text")].filter(shown);
+    const boxes = words.map(it => it.getBoundingClientRect());
+    const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    return words.flatMap((it, one) => words.slice(0, one).filter((_, other) => over(boxes[one], boxes[other]))
+        .map(other => `${it.textContent} lies on ${other.textContent}`));
+}"""
 
 
 def set_number(page, elem_id: str, value: int) -> None:

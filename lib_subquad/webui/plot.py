@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
 from .. import device as devices
@@ -19,6 +19,8 @@ from ..lab.tune.trials import Trial
 HEIGHT = 240  # pixels between the axes; in all, the same in every width
 LOWEST, HIGHEST = 5, 95  # per cent of it, and of the width, that marks take
 MOST_TICKS, APART = 5, 12  # and how many per cent they are apart at least
+LABEL = 48  # pixels that the words at a tick need from left to right
+ROOMS = range(60, 421, 40)  # widths of the plot, in pixels: in the last there is room for words that are APART
 LINEAR = 4  # an axis of times begins at zero where the longest is at most so many times the shortest
 SMALLEST = 1024  # bytes: a logarithmic axis has no zero
 
@@ -33,10 +35,15 @@ MARKS = {
     "limit": '<path d="M-9 0h18" class="subquad-limit"/>',
 }
 
-CSS = """
-<style>
+# Words at a tick for which a plot is too narrow are left out.
+NARROW = "".join(
+    f"@container subquad-plot (max-width: {room - 1}px) {{.subquad-from-{room} {{display: none}}}}\n" for room in ROOMS
+)
+
+LOOKS = """
 .subquad-plot {--subquad-strong: #1d4ed8; --subquad-good: #15803d; --subquad-own: #92400e; --subquad-bad: #b91c1c;
-               direction: ltr; max-width: 720px; padding: 0 12px 0 64px; font-size: 12px; line-height: 1.5}
+               container: subquad-plot / inline-size; direction: ltr; max-width: 720px; padding: 0 12px 0 64px;
+               font-size: 12px; line-height: 1.5}
 .dark .subquad-plot {--subquad-strong: #93c5fd; --subquad-good: #86efac; --subquad-own: #fcd34d; --subquad-bad: #fca5a5}
 .subquad-plot svg {overflow: visible; display: block}
 .subquad-plot text {font: inherit; fill: currentColor}
@@ -51,16 +58,18 @@ CSS = """
 .subquad-plot .subquad-ring {fill: none; stroke: var(--subquad-good); stroke-width: 3}
 .subquad-plot .subquad-today {fill: none; stroke: var(--subquad-own); stroke-width: 2.5}
 .subquad-plot .subquad-touch {fill: transparent}
-.subquad-plot .subquad-value {visibility: hidden; font-weight: 600; paint-order: stroke; stroke-width: 5px;
-                              stroke: var(--background-fill-primary, Canvas)}
+.subquad-plot .subquad-value {visibility: hidden; pointer-events: none; font-weight: 600}
+.subquad-plot .subquad-value span {background: var(--background-fill-primary, Canvas)}
 .subquad-plot g:hover > .subquad-value {visibility: visible}
+.subquad-plot svg:has(g:hover) g:not(:hover) {opacity: .2}  /* so that no mark hides a value */
 .subquad-plot ul {display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; margin: 8px 0 8px -52px; padding: 0}
 .subquad-plot li {display: flex; gap: 8px; align-items: center; margin: 0; max-width: 100%}
 .subquad-plot li span {min-width: 0; overflow-wrap: anywhere}
 .subquad-plot li svg {flex: none}
 .subquad-plot p {margin: 8px 0 2px -52px}
-</style>
+.subquad-plot p.subquad-across {margin-top: 0; text-align: end}
 """
+CSS = f"\n<style>{LOOKS}{NARROW}</style>\n"
 
 Scale = Callable[[float], float]  # to per cent
 
@@ -81,7 +90,7 @@ def svg(exploration: Exploration) -> str:
         return across(trial.seconds), 100 - up(max(trial.peak_bytes, SMALLEST))
 
     shown = [
-        *(_tick_across(across(value), _moment(value)) for value in times),
+        *_ticks_across([across(value) for value in times], map(_moment, times)),
         *(_tick_up(100 - up(value), _whole(value)) for value in bytes_),
         *(_line(0, 100 - up(limit), 100, 100 - up(limit), "limit") for _ in range(limited)),
         *(_line(across(trial.low), at(trial)[1], across(trial.high), at(trial)[1], "range") for trial in compared),
@@ -91,9 +100,9 @@ def svg(exploration: Exploration) -> str:
     told = f"{len(compared)} settings, time against memory. Recommended: {_value(best)}. A table has all values."
     return (
         f'{CSS}<div class="subquad-plot"><p>Peak memory of a call (lower is smaller)</p>'
-        f'<svg width="100%" height="{HEIGHT + 44}" role="img" aria-label="{escape(told, quote=True)}">'
-        f'<svg width="100%" height="{HEIGHT}" overflow="visible">{"".join(shown)}</svg>'
-        f'<text x="0" y="{HEIGHT + 38}">Attention in one sampling step (left is faster)</text></svg>'
+        f'<svg width="100%" height="{HEIGHT + 22}" role="img" aria-label="{escape(told, quote=True)}">'
+        f'<svg width="100%" height="{HEIGHT}" overflow="visible">{"".join(shown)}</svg></svg>'
+        '<p class="subquad-across">Attention in one sampling step (left is faster)</p>'
         f"<ul>{''.join(_legend(exploration, compared, limited))}</ul></div>"
     )
 
@@ -137,7 +146,8 @@ def _mark(trial: Trial, x: float, y: float, kinds: Sequence[str]) -> str:
     value = escape(_value(trial))
     return (
         f'<g><title>{value}</title><svg x="{x:.2f}%" y="{y:.2f}%" width="1" height="1" overflow="visible">{marks}'
-        f'<circle r="14" class="subquad-touch"/></svg><text y="10" class="subquad-value">{value}</text></g>'
+        '<circle r="14" class="subquad-touch"/></svg>'
+        f'<foreignObject width="100%" height="100%" class="subquad-value"><span>{value}</span></foreignObject></g>'
     )
 
 
@@ -145,9 +155,22 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.2f}%" y1="{y1:.2f}%" x2="{x2:.2f}%" y2="{y2:.2f}%" class="subquad-{kind}"/>'
 
 
-def _tick_across(x: float, words: str) -> str:
-    text = f'<text x="{x:.2f}%" y="100%" dy="16" text-anchor="middle">{words}</text>'
-    return _line(x, 0, x, 100, "grid") + text
+def _ticks_across(places: Sequence[float], words: Iterable[str]) -> Iterator[str]:
+    rooms = _rooms(places)
+    for x, text in zip(places, words):
+        attributes = f'x="{x:.2f}%" y="100%" dy="16" text-anchor="middle" class="subquad-from-{rooms[x]}"'
+        yield f"{_line(x, 0, x, 100, 'grid')}<text {attributes}>{text}</text>"
+
+
+def _rooms(places: Sequence[float]) -> dict[float, int]:
+    """The narrowest plot, in pixels, that has room for the words at each tick; those far from all others come first."""
+    first, *left = places
+    found = {first: 0}
+    while left:
+        apart, place = max((min(abs(place - other) for other in found), place) for place in left)
+        found[place] = next((room for room in ROOMS if room * apart >= LABEL * 100), ROOMS[-1])
+        left.remove(place)
+    return found
 
 
 def _tick_up(y: float, words: str) -> str:

@@ -51,7 +51,7 @@ def _table(shown: list[Trial], exploration: Exploration) -> str:
         ]
         for trial in shown
     )
-    return words._table(["Setting", "Time", "Peak", ""], ([escape(cell) for cell in row] for row in rows))
+    return words._table(["Setting", "Time", "Peak", ""], ([words._html(cell) for cell in row] for row in rows))
 
 
 def _marks(trial: Trial, exploration: Exploration) -> list[str]:

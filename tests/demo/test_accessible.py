@@ -53,8 +53,10 @@ def test_sizes_are_not_turned_around_from_right_to_left(measured):
     try:
         assert "×" in page.locator(SENTENCE).last.inner_text() and "×" in page.locator(DETAILS).last.inner_text()
         assert turned_around(page) == []
-        page.evaluate("document.querySelector('#subquad_message').innerHTML = '<p style=\"direction: rtl\">16 × 8</p>'")
-        assert turned_around(page) == ["16 × 8"]  # it would be found
+        page.evaluate(
+            "document.querySelector('#subquad_message').innerHTML = '<p dir=rtl>16 × 8</p><p dir=rtl>3 MiB</p>'"
+        )
+        assert turned_around(page) == ["16 × 8", "3 MiB"]  # it would be found
     finally:
         page.evaluate("document.querySelector('#subquad_message').innerHTML = ''")
         page.evaluate("document.documentElement.dir = ''")

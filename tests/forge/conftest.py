@@ -55,6 +55,10 @@ class ForgeServer(Server):
             self.call("/probe/models", model)
         return super().generate_all(path, **{"width": 128, "height": 128, "steps": 1, "cfg_scale": 7, **request})
 
+    def model_error(self, request: dict) -> str | None:
+        """What the model of this request ended with, if it had one and that did not come to a result."""
+        return self.call("/probe/models/error") if "model" in request else None
+
     def options(self, **changed) -> dict:
         if changed:
             self.call("/sdapi/v1/options", changed)
@@ -67,11 +71,15 @@ class ForgeServer(Server):
         """One request with the switch off and then on: the same images, and each call that is to be ours is."""
         self.use("off")
         own, _ = self.generate_all(path, **request)
+        if (error := self.model_error(request)) and request["model"]["dtype"] != "float32":
+            pytest.skip(f"without subquad this web UI cannot compute it either: {error}")
+        assert error is None
         assert own[0].std() > 10  # a picture of something
         made = self.calls()
         assert not made["ours"] and sum(made["own"].values()) > 0
         self.use(use)
         ours, infotexts = self.generate_all(path, **request)
+        assert self.model_error(request) is None
         served, status = self.calls(), self.status()
         wanted = {caller: count for caller, count in made["own"].items() if part_of(caller) in USES[use]}
         difference = max(np.abs(one - other).max() for one, other in zip(own, ours, strict=True))

@@ -10,6 +10,12 @@ from tests.attention_tab import DETAILS, SENTENCE, AttentionTab, cut_off, from_a
 from tests.forge.conftest import FARTHEST, USES
 from tests.forge.models import CALLS
 from tests.pages import generate, open_page, open_section, open_tab, set_query_chunk
+from tests.real_tab import (
+    it_reads_at_every_width_and_for_everyone,
+    the_answer_comes_by_itself,
+    the_status_is_current,
+    whoever_makes_others_wait_is_asked_first,
+)
 from tests.servers import infotexts
 
 PYTORCH = "--attention-pytorch"
@@ -149,6 +155,24 @@ def test_from_answer_to_undo(page, server):
     from_answer_to_undo(page, lambda value: set_query_chunk(page, value), lambda: generate(page, steps=1))
     assert server.options()["subquad_query_chunk"] == 1
     server.options(subquad_query_chunk=0)
+
+
+def test_the_answer_comes_by_itself(page, server):
+    the_answer_comes_by_itself(page, lambda ours: server.use("everything" if ours else "off"))
+
+
+def test_the_status_is_current(page, server):
+    server.use("everything")
+    the_status_is_current(page, 5 * CALLS + 1, width=64, height=64, steps=5)
+
+
+def test_whoever_makes_others_wait_is_asked_first(page):
+    whoever_makes_others_wait_is_asked_first(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_reads_at_every_width_and_for_everyone(page, theme):
+    it_reads_at_every_width_and_for_everyone(page, theme)
 
 
 def test_reload_ui(page, server):

@@ -32,6 +32,18 @@ def test_it_is_listed_once_and_as_released(subquad):
     assert subquad.entry.is_available()
 
 
+def test_without_a_model_the_web_ui_takes_no_selection(subquad):
+    """So that is not the first thing to do."""
+    from modules import sd_models
+
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    subquad.select("sdp")
+    for model, begins in ((None, "Load a checkpoint, then select “subquad"), (torch.nn.Identity(), "Select “subquad")):
+        sd_models.model_data.set_sd_model(model)
+        assert f"the web UI uses sdp - scaled dot product. {begins}" in LABORATORY.status()
+
+
 @pytest.mark.parametrize("builtin", [10, 1000, None])
 def test_automatic_takes_it_wherever_it_would_have_taken_the_builtin(subquad, monkeypatch, builtin):
     from modules import sd_hijack_optimizations, shared

@@ -88,6 +88,22 @@ def test_marks_and_axes_are_inside_and_tell_the_truth(empty, found):
         )  # no label on another
 
 
+@settings(deadline=None)  # a busy machine
+@given(found)
+def test_words_have_room_in_every_width(empty, found):
+    ticks = {
+        float(it.get("x")[:-1]): int(it.get("class").removeprefix("subquad-from-"))
+        for it in drawn(plot.svg(explored(empty, *found))).iter("text")
+        if it.get("text-anchor") == "middle"
+    }
+    widths = [0, *plot.ROOMS]
+    assert set(ticks.values()) <= set(widths)
+    for width in widths:
+        shown = sorted(place for place, room in ticks.items() if room <= width)
+        assert shown and (width < plot.ROOMS[-1] or len(shown) == len(ticks))
+        assert all((after - before) * width / 100 >= plot.LABEL - 0.1 for before, after in zip(shown, shown[1:]))
+
+
 def test_what_it_says_to_those_who_do_not_see_it(empty):
     exploration = explored(empty, (1.2, 31 * MIB, True), (2.4, 3 * MIB, True), (0.9, 2 * GIB, False))
     html = plot.svg(exploration)

@@ -6,11 +6,15 @@ import threading
 
 import pytest
 
-from tests.accessibility import violations
-from tests.attention_tab import ANSWER, DETAILS, SENTENCE, AttentionTab, cut_off, from_answer_to_undo
+from tests.attention_tab import ANSWER, DETAILS, SENTENCE, AttentionTab, from_answer_to_undo
 from tests.pages import generate, open_page, set_number, set_query_chunk
-
-TITLE = "subquad - fast attention within a memory limit"
+from tests.real_tab import (
+    it_reads_at_every_width_and_for_everyone,
+    the_answer_comes_by_itself,
+    the_status_is_current,
+    whoever_makes_others_wait_is_asked_first,
+)
+from tests.webui.conftest import SDP, TITLE
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +57,25 @@ def test_the_sliders_of_the_page_are_asked_about_before_the_first_image(webui, b
         page.close()
 
 
+def test_the_answer_comes_by_itself(page):
+    the_answer_comes_by_itself(page, lambda ours: page.server.select(TITLE if ours else SDP))
+
+
+def test_without_a_checkpoint_it_says_where_one_belongs(webui, browser, tmp_path):
+    with webui.running("--ckpt-dir", str(tmp_path), cross_attention_optimization=TITLE) as server:
+        page = open_page(browser, server)
+        tab = AttentionTab(page).open()
+        tab.wait_for(SENTENCE, "No checkpoint is loaded yet. Put one into the web UI's folder of checkpoints.")
+        tab.wait_for_buttons()
+        page.close()
+
+
+def test_the_status_is_current(webui, page):
+    the_status_is_current(page, webui.model("SD 1").calls(5), width=128, height=128, steps=5)
+
+
 def test_whoever_makes_others_wait_is_asked_first(page):
-    """And waits until the image is made."""
-    making = threading.Thread(target=page.server.generate, kwargs={"width": 512, "height": 512, "steps": 20})
-    making.start()
-    page.wait_for_timeout(1000)
-    assert making.is_alive()
-    tab = AttentionTab(page).open(side=64)
-    tab.click("measure")
-    tab.wait_for("#subquad_message", "Others use this web UI now: an image is being made.")
-    tab.wait_for("#subquad_measure", "Measure all the same")
-    tab.click("measure")
-    tab.wait_for(ANSWER, "An image is being made: measuring begins when it is done.")
-    tab.wait_for(f"{ANSWER} table", "recommended")
-    making.join()
+    whoever_makes_others_wait_is_asked_first(page)
 
 
 def test_another_page_is_told_who_is_busy(page):
@@ -101,16 +110,8 @@ def test_an_image_waits_while_measuring(page):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 768, 1280])
-def test_it_reads_at_every_width_and_for_everyone(page, width, theme):
-    opened = open_page(
-        page.context.browser, page.server, f"/?__theme={theme}", viewport={"width": width, "height": 800}
-    )
-    tab = AttentionTab(opened).open(side=512)
-    tab.unfold()
-    tab.wait_for(DETAILS, "attention layers in the U-Net")
-    assert cut_off(opened) == [] and violations(opened) == []
-    opened.close()
+def test_it_reads_at_every_width_and_for_everyone(page, theme):
+    it_reads_at_every_width_and_for_everyone(page, theme)
 
 
 def test_without_gradios_queue(webui, browser):

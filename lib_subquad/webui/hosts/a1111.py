@@ -12,10 +12,9 @@ from collections.abc import Callable
 from modules import sd_hijack, sd_hijack_optimizations, sd_models, shared
 from modules.sd_hijack import list_optimizers  # noqa: F401 - where it is absent, this is no such web UI
 from modules.sd_hijack_optimizations import SdOptimization
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...checkpoint import PROMPT_TOKENS, Checkpoint
-from ...console import UserError
 from ...layers import ldm, projections
 from ...layers.heads import heads_attention
 from .. import status
@@ -199,9 +198,6 @@ class Subquad(SdOptimization):
         return [*self._layers.values(), *self.functions.values()]
 
 
-ENTRY = Subquad()
-
-
 class A1111(Host):
     """A web UI with a list of optimizations, of which the user selects one."""
 
@@ -242,10 +238,12 @@ class A1111(Host):
             )
         current = sd_hijack.current_optimizer
         name = current.title() if current is not None else "None"
+        # Without a model it takes no selection: it puts the setting back.
+        select = "Select" if _model() is not None else "Load a checkpoint, then select"
         return Standing(
             "subquad is not active",
             f"the web UI uses {name}.",
-            f"Select \u201c{ENTRY.title()}\u201d in Settings, Optimizations, Cross attention optimization.",
+            f"{select} \u201c{ENTRY.title()}\u201d in Settings, Optimizations, Cross attention optimization.",
         )
 
     def reach(self, served: set[int]) -> Reach:
@@ -253,11 +251,15 @@ class A1111(Host):
         return Reach(places, "layers", owners)
 
     def loaded(self) -> Loaded:
-        model = sd_models.model_data.sd_model  # shared.sd_model would load one
+        model = _model()
         if model is None:
-            raise UserError("No checkpoint is loaded yet.", "Choose one from the list, or make an image first.")
+            raise self.nothing_loaded()
         filename = readable(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
         return Loaded(filename, lambda: {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def _model() -> nn.Module | None:
+    return sd_models.model_data.sd_model  # shared.sd_model would load one
 
 
 ENTRY = Subquad()

@@ -119,6 +119,12 @@ class Host:
         """
         raise UserError("This web UI does not show the loaded checkpoint.", "Choose one from the list.")
 
+    def nothing_loaded(self) -> UserError:
+        """For whoever asks about the loaded model while there is none."""
+        listed = "Choose one from the list, or make an image first."
+        step = listed if self.checkpoints() else "Put one into the web UI's folder of checkpoints."
+        return UserError("No checkpoint is loaded yet.", step)
+
     def checkpoints(self) -> dict[str, str]:
         """Title -> file of every checkpoint on the web UI's list."""
         listed = getattr(module("sd_models"), "checkpoints_list", {})

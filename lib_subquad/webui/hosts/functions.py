@@ -12,7 +12,6 @@ from types import FunctionType, ModuleType
 import torch
 from torch import nn
 
-from ...console import UserError
 from ...settings import Settings
 from .. import options
 from ..status import Reach
@@ -135,7 +134,7 @@ class Functions(Switched):
             return Loaded(filename, lambda: _shapes(model))
         chosen = self._chosen_file()
         if not readable(chosen):
-            raise UserError("No checkpoint is loaded yet.", "Choose one from the list, or make an image first.")
+            raise self.nothing_loaded()
         return Loaded(chosen, note="It is not loaded yet: the web UI loads it for the next image.")
 
     def model(self) -> object:

@@ -21,7 +21,7 @@ TIMES = ("t", "timestep", "timesteps")
 # Where a generation of tests leaves what is to be run, and what came of it; outlives "Reload UI".
 KEPT = sys.modules.setdefault("subquad_probe_models", types.ModuleType("subquad_probe_models"))
 shared.opts.data.setdefault("use_dynamicPE", False)  # one that has it forgets it where there is no page
-KEPT.waiting = KEPT.asked = None
+KEPT.waiting = KEPT.asked = KEPT.error = None
 KEPT.results = []
 
 FLUX = {
@@ -241,9 +241,12 @@ class ProbeModels(scripts.Script):
             KEPT.waiting = Run(kind, place, dtype)
 
     def process(self, p, *args):
-        if KEPT.waiting:
-            KEPT.results.append(KEPT.waiting())
-            KEPT.waiting = None
+        run, KEPT.waiting, KEPT.error = KEPT.waiting, None, None
+        try:
+            if run:
+                KEPT.results.append(run())
+        except Exception as error:
+            KEPT.error = f"{type(error).__name__}: {error}"
 
 
 def routes(_page, app):
@@ -266,6 +269,11 @@ def routes(_page, app):
         waiting = (kind, _place(kind), dtype)
         KEPT.waiting = waiting if request.get("late") else Run(*waiting)
         return True
+
+    @app.get("/probe/models/error")
+    def error():
+        """What the last run ended with; nothing if it came to a result."""
+        return KEPT.error
 
     @app.get("/probe/models/results")
     def results():
