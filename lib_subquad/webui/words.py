@@ -201,7 +201,7 @@ CSS = f"""
 .subquad-table table {{width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums}}
 .subquad-table :is(table, tr, th, td) {{border: none !important}}  /* gradio draws its own */
 .subquad-table tr {{border-bottom: 1px solid var(--border-color-primary, #8884) !important}}
-.subquad-table th, .subquad-table td {{text-align: start; padding: .35em 0; padding-inline-end: .8em;
+.subquad-table th, .subquad-table td {{text-align: start !important; padding: .35em 0; padding-inline-end: .8em;
                                       vertical-align: top}}
 .subquad-table th {{white-space: nowrap}}
 .subquad-label {{display: none}}

@@ -20,6 +20,7 @@ import torch
 from lib_subquad import Settings, attention, plan
 from lib_subquad.engines import order
 from lib_subquad.engines.table import SMALLEST_CHUNK, Class, Found, Machine, Table, class_of
+from lib_subquad.lab import whole
 from lib_subquad.lab.measured import file
 from lib_subquad.problem import Problem
 
@@ -272,9 +273,9 @@ def test_a_disk_that_is_really_full(path, monkeypatch, caplog):
     before, opened = path.read_bytes(), open
 
     def on_a_full_disk(name, mode="r", **keywords):
-        return opened("/dev/full", "w", **keywords) if mode == "x" else opened(name, mode, **keywords)
+        return opened("/dev/full", "wb", **keywords) if mode == "xb" else opened(name, mode, **keywords)
 
-    monkeypatch.setattr(file, "open", on_a_full_disk, raising=False)
+    monkeypatch.setattr(whole, "open", on_a_full_disk, raising=False)
     not_kept(path, caplog, "No space left on device")
     assert path.read_bytes() == before
 
