@@ -17,12 +17,13 @@ from .. import device as devices
 from .. import memory, retry
 from ..problem import FLOAT_DTYPES
 from ..settings import Settings, check_settings
+from ..steps import DOWN, LAST, RESIDUAL, UP, WHOLE
 from ..tracing import is_recorded, is_transformed
 from . import parts
 from .bands import BandPlan, halves_channels, plan_bands, rows_at_once, smaller, way_taken, ways_of
 from .maps import Activated, Added, Convolved, Downsampled, Map, Overwritten, Stored, Upsampled, layout
 from .moments import Moments
-from .parts import DOWN, UP, AnyModule, Stage
+from .parts import AnyModule, Stage
 
 Progress = Callable[[float], None]
 MOST_FREED = 48 * devices.MIB
@@ -365,7 +366,7 @@ def _passes(step: Stage, again: bool) -> int:
     """How often all rows of a step's result are computed or looked at."""
     if step.kind == UP:
         return 0 if again else 1
-    return {parts.WHOLE: 0, parts.LAST: 2, parts.RESIDUAL: 3 if again else 4, DOWN: 1}.get(step.kind, 1)
+    return {WHOLE: 0, LAST: 2, RESIDUAL: 3 if again else 4, DOWN: 1}.get(step.kind, 1)
 
 
 def _wraps(conv: AnyModule) -> bool:
