@@ -16,6 +16,7 @@ from lib_subquad.device import GIB, MIB
 from lib_subquad.engines import fused
 from lib_subquad.lab.explain.question import Question
 from lib_subquad.lab.survey import doctor
+from lib_subquad.webui import words
 from lib_subquad.webui.answer import answer
 from lib_subquad.webui.status import Standing
 from tests.checkpoint import public_models
@@ -127,8 +128,15 @@ def test_where_bands_would_help_and_are_never_taken(fused_kernel, monkeypatch):
     monkeypatch.setattr("lib_subquad.lab.explain.question.when", lambda settings: "never")
     found = told(question(free=3 * GIB))
     assert "does not fit. Decoding it takes 4096 MiB all at once, and the memory limit leaves" in str(found)
-    assert re.fullmatch(r"Let the VAE be computed in bands when needed: then it takes \d+ MiB.", str(found.step))
+    assert re.fullmatch(r"Set VAE in bands to when needed: then it takes \d+ MiB.", str(found.step))
     assert str(told(question(free=100 * MIB)).step).startswith("Make images of ")
+
+
+def test_details_tell_what_the_vae_takes(fused_kernel):
+    told = words.details(question(free=5 * GIB))
+    assert "<bdi>VAE decoder, convolutions</bdi>" in told and "<bdi>in bands</bdi>" in told
+    assert "all at once it takes 4096 MiB, more than the memory limit" in told
+    assert "convolutions</bdi>" not in words.details(question("flux_dev"))
 
 
 def test_where_nothing_fits(fused_kernel):

@@ -166,6 +166,9 @@ def ways_of(steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtyp
         elif step.kind == UP:
             after = steps[index + 1] if index + 1 < len(steps) and steps[index + 1].kind == RESIDUAL else None
             made.append(_ways_of_upsampling(step, after, height, row))
+        elif step.kind == DOWN:  # of what goes in, four times as much as comes out, the padding makes a copy as well
+            taken = (2 * 4 * step.into + 2 * step.out) * row
+            made.append((Way(step.into * source + step.out * height * row, taken, height, 1),))
         else:
             made.append((Way(step.into * source + step.out * height * row, _row(step.into, step.out) * row, height),))
     return made
@@ -174,10 +177,9 @@ def ways_of(steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtyp
 def _ways_of_residual(step: VaeStep, height: int, row: int) -> tuple[Way, ...]:
     into, out = step.into, step.out
     kept = Way((into + out) * height * row, _row(into, out) * row, height)
-    if halves_channels(step):
-        return (replace(kept, held=into * height * row),)
-    if into != out:
-        return (kept,)
+    if into != out:  # what goes past the block is computed first, and waits
+        kept = replace(kept, row=(out + max(_row(into, out), _row(out, out))) * row)
+        return (replace(kept, held=into * height * row) if halves_channels(step) else kept,)
     return kept, Way(into * height * row, 2 * _row(into, out) * row, height, 4, True)
 
 

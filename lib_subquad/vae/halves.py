@@ -206,6 +206,7 @@ class _Walk:
         return made if self.way.again else self._kept(made)
 
     def _down(self, step: Stage) -> Map:
+        self.spare = None
         return self._kept(Downsampled(self.map, step.layer.conv))
 
     def _last(self, step: Stage) -> Map:

@@ -85,7 +85,7 @@ MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Meas
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."
 RAISE_LIMIT = "Set the memory limit to {percent} %, or make images of {size} at most."
-IN_BANDS = "Let the VAE be computed in bands when needed: then it takes {needed}."
+IN_BANDS = "Set VAE in bands to when needed: then it takes {needed}."
 FREE_MEMORY = "Close other programs that use this device's memory."
 ADVICE = "{advice}."
 

@@ -30,7 +30,7 @@ DEFAULT = ("decoder-512", "decoder-1024")
 PICTURE_HELP = "the picture's size, 512 or 512x768, for the decoder, or HALF-SIZE, with a HALF of decoder, encoder"
 FACTOR = 8  # pixels along one side of a picture for one of its latent
 SMALL_SIDE = 64
-CHECKED_SIDE = 256  # of the picture of which the error is told: in float64 a large one takes minutes
+CHECKED_SIDE = 128  # of the picture of which the error is told: in float64 a large one takes minutes
 PLENTY = 1 << 50
 
 
