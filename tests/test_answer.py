@@ -19,6 +19,7 @@ from lib_subquad.engines.table import Found, class_of
 from lib_subquad.lab.explain.question import Question
 from lib_subquad.lab.measured import rounds
 from lib_subquad.lab.survey import doctor
+from lib_subquad.webui import words
 from lib_subquad.webui.answer import answer
 from lib_subquad.webui.status import Standing
 from tests.checkpoint import public_models
@@ -176,19 +177,40 @@ def not_installed():
 def test_an_image_that_does_not_fit(fused_kernel):
     free = 100 * MIB
     found, asked = told(question(side=4096, free=free)), question(side=4096, free=free)
-    assert "does not fit. A call of attention takes" in str(found) and "limit leaves 70 MiB." in str(found)
+    assert "does not fit. Decoding it takes" in str(found) and "even in bands" in str(found)
+    assert "limit leaves 70 MiB." in str(found)
     width, height = asked.largest_image()
     assert str(found.step) == f"Make images of {width} × {height} at most."
     assert told(question(side=width, free=free)).can_measure and not found.can_measure
 
 
 def test_where_the_limit_is_what_is_in_the_way(fused_kernel):
-    needed = max(row.call_bytes for row in question(side=2048).rows())
+    needed = question(side=2048, free=1000).halves()[0].plan.bytes
     asked = question(side=2048, free=needed * 4, settings=Settings(memory_limit=20))
     found = told(asked)
     assert str(found.step).startswith("Set the memory limit to 25 %, or make images of")
     again = question(side=2048, free=needed * 4, settings=Settings(memory_limit=25))
     assert "does not fit" not in str(told(again))
+
+
+def test_where_attention_is_what_does_not_fit(fused_kernel):
+    found = told(question("flux_dev", side=4096, free=100 * MIB))
+    assert "does not fit. A call of attention takes" in str(found) and "limit leaves 70 MiB." in str(found)
+
+
+def test_where_bands_would_help_and_are_never_taken(fused_kernel, monkeypatch):
+    monkeypatch.setattr("lib_subquad.lab.explain.question.when", lambda settings: "never")
+    found = told(question(free=3 * GIB))
+    assert "does not fit. Decoding it takes 4096 MiB all at once, and the memory limit leaves" in str(found)
+    assert re.fullmatch(r"Set VAE in bands to when needed: then it takes \d+ MiB.", str(found.step))
+    assert str(told(question(free=100 * MIB)).step).startswith("Make images of ")
+
+
+def test_details_tell_what_the_vae_takes(fused_kernel):
+    told = words.details(question(free=5 * GIB))
+    assert "<bdi>VAE decoder, convolutions</bdi>" in told and "<bdi>in bands</bdi>" in told
+    assert "all at once it takes 4096 MiB, more than the memory limit" in told
+    assert "convolutions</bdi>" not in words.details(question("flux_dev"))
 
 
 def test_where_nothing_fits(fused_kernel):

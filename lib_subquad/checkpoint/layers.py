@@ -7,6 +7,7 @@ from typing import Any
 
 from ..console import UserError
 from ..settings import shown
+from ..steps import UP, VaeStep
 
 Shape = tuple[int, int, int, int]
 
@@ -133,6 +134,7 @@ class Checkpoint:
         notes: sentences for the user: where the number of heads comes from, what is missing, what was not recognised.
         about_model: those of the notes that are about the U-Net or transformer alone.
         largest_side: pixels along the longest side of an image that the model knows positions for; None for any.
+        encoder, decoder: the VAE's layers in the order they run; empty where there is none, or none that is known.
     """
 
     family: str
@@ -140,6 +142,13 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     largest_side: int | None = None
     about_model: tuple[str, ...] = ()
+    encoder: tuple[VaeStep, ...] = ()
+    decoder: tuple[VaeStep, ...] = ()
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels along one side of the image for one latent pixel of the VAE."""
+        return 2 ** sum(step.resizes == UP for step in self.decoder)
 
 
 def check_whole(name: str, value: Any, minimum: int) -> None:

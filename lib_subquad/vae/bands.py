@@ -9,7 +9,7 @@ import torch
 
 from .. import device as devices
 from ..settings import Settings
-from .parts import DOWN, LAST, RESIDUAL, UP, WHOLE, Stage
+from ..steps import DOWN, LAST, RESIDUAL, UP, WHOLE, VaeStep
 
 # A band is a twentieth of its map, and no less than 16 rows if only memory is short by count: two rows of each are
 # computed for their neighbours' sake.
@@ -67,7 +67,7 @@ class Way:
 
 
 def plan_bands(
-    steps: Sequence[Stage],
+    steps: Sequence[VaeStep],
     height: int,
     width: int,
     dtype: torch.dtype,
@@ -97,7 +97,7 @@ def plan_bands(
     return made
 
 
-def smaller(made: BandPlan, steps: Sequence[Stage], height: int, width: int, dtype: torch.dtype) -> BandPlan | None:
+def smaller(made: BandPlan, steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtype) -> BandPlan | None:
     """The plan to go on with when that one ran out of memory; None when there is none that takes less."""
     ways, target = ways_of(steps, height, width, dtype), int(made.bytes * LESS)
     for rows in (LEAST_ROWS, *FEWER_ROWS):
@@ -147,7 +147,7 @@ def _chosen(ways: Sequence[Sequence[Way]], target: int | None, rows: int, usual:
     return replace(made, rows=rows_at_once(largest, made))
 
 
-def ways_of(steps: Sequence[Stage], height: int, width: int, dtype: torch.dtype) -> list[tuple[Way, ...]]:
+def ways_of(steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtype) -> list[tuple[Way, ...]]:
     """For each step the ways to compute it, the fastest first.
 
     An upsampling and the residual block after it have the same: what is not kept is computed in the block.
@@ -166,27 +166,29 @@ def ways_of(steps: Sequence[Stage], height: int, width: int, dtype: torch.dtype)
         elif step.kind == UP:
             after = steps[index + 1] if index + 1 < len(steps) and steps[index + 1].kind == RESIDUAL else None
             made.append(_ways_of_upsampling(step, after, height, row))
+        elif step.kind == DOWN:  # of what goes in, four times as much as comes out, the padding makes a copy as well
+            taken = (2 * 4 * step.into + 2 * step.out) * row
+            made.append((Way(step.into * source + step.out * height * row, taken, height, 1),))
         else:
             made.append((Way(step.into * source + step.out * height * row, _row(step.into, step.out) * row, height),))
     return made
 
 
-def _ways_of_residual(step: Stage, height: int, row: int) -> tuple[Way, ...]:
+def _ways_of_residual(step: VaeStep, height: int, row: int) -> tuple[Way, ...]:
     into, out = step.into, step.out
     kept = Way((into + out) * height * row, _row(into, out) * row, height)
-    if halves_channels(step):
-        return (replace(kept, held=into * height * row),)
-    if into != out:
-        return (kept,)
+    if into != out:  # what goes past the block is computed first, and waits
+        kept = replace(kept, row=(out + max(_row(into, out), _row(out, out))) * row)
+        return (replace(kept, held=into * height * row) if halves_channels(step) else kept,)
     return kept, Way(into * height * row, 2 * _row(into, out) * row, height, 4, True)
 
 
-def halves_channels(step: Stage) -> bool:
+def halves_channels(step: VaeStep) -> bool:
     """Whether both of what a residual block makes of its input have room in the place of that."""
     return 2 * step.out <= step.into
 
 
-def _ways_of_upsampling(step: Stage, after: Stage | None, height: int, row: int) -> tuple[Way, ...]:
+def _ways_of_upsampling(step: VaeStep, after: VaeStep | None, height: int, row: int) -> tuple[Way, ...]:
     channels, map_bytes = step.into, step.into * height * row
     kept = Way(map_bytes // 4 + map_bytes, _row(channels, channels) * row, height)
     if after is None:
@@ -196,17 +198,22 @@ def _ways_of_upsampling(step: Stage, after: Stage | None, height: int, row: int)
     return kept, Way(map_bytes // 4 + after.out * height * row, kept.row + of_block.row, height, 6, True)
 
 
-def usual_bytes(steps: Sequence[Stage], height: int, width: int, dtype: torch.dtype) -> int:
-    """What the half's own forward holds at its peak, by estimate: of x * sigmoid(x) all three beside what comes in."""
+def usual_bytes(steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtype) -> int:
+    """What the half's own forward holds at its peak, by estimate.
+
+    In a residual block that is all three of x * sigmoid(x) beside what comes in; where SiLU overwrites what it is
+    given, what a convolution takes, of which its kernel makes a copy.
+    """
     most = 0
     for step in steps:
         source = height * width * _item(dtype)
         height, width = _size_after(step, height, width)
         area = height * width * _item(dtype)
         if step.kind == RESIDUAL:
-            held = max(4 * step.into, step.into + 3 * step.out) * area
+            first = 3 * step.into + (step.out if step.in_place else step.into)
+            held = max(first, step.into + 3 * step.out) * area
         elif step.kind == LAST:
-            held = 4 * step.into * area
+            held = (2 if step.in_place else 3) * step.into * area
         elif step.kind == UP:
             held = step.into * (source + 2 * area)
         elif step.kind == WHOLE:
@@ -223,16 +230,10 @@ def _row(into: int, out: int) -> int:
     return into + out + sum(-(-channels // 16) * 16 for channels in (into, out))
 
 
-def _size_after(step: Stage, height: int, width: int) -> tuple[int, int]:
-    is_up, is_down = (step.kind == kind or _resamples(step, name) for kind, name in ((UP, "Up"), (DOWN, "Down")))
-    if is_up:
+def _size_after(step: VaeStep, height: int, width: int) -> tuple[int, int]:
+    if step.resizes == UP:
         return 2 * height, 2 * width
-    return (height // 2, width // 2) if is_down else (height, width)
-
-
-def _resamples(step: Stage, name: str) -> bool:
-    """One that is called whole still changes the size."""
-    return step.kind == WHOLE and type(step.layer).__name__ == f"{name}sample"
+    return (height // 2, width // 2) if step.resizes == DOWN else (height, width)
 
 
 def _item(dtype: torch.dtype) -> int:

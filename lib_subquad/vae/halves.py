@@ -17,12 +17,13 @@ from .. import device as devices
 from .. import memory, retry
 from ..problem import FLOAT_DTYPES
 from ..settings import Settings, check_settings
+from ..steps import DOWN, LAST, RESIDUAL, UP, WHOLE
 from ..tracing import is_traced
 from . import parts
 from .bands import BandPlan, halves_channels, plan_bands, rows_at_once, smaller, way_taken, ways_of
 from .maps import Activated, Added, Convolved, Downsampled, Map, Overwritten, Stored, Upsampled, layout
 from .moments import Moments
-from .parts import DOWN, UP, AnyModule, Stage
+from .parts import AnyModule, Stage
 
 Progress = Callable[[float], None]
 MOST_FREED = 48 * devices.MIB
@@ -205,6 +206,7 @@ class _Walk:
         return made if self.way.again else self._kept(made)
 
     def _down(self, step: Stage) -> Map:
+        self.spare = None
         return self._kept(Downsampled(self.map, step.layer.conv))
 
     def _last(self, step: Stage) -> Map:
@@ -365,7 +367,7 @@ def _passes(step: Stage, again: bool) -> int:
     """How often all rows of a step's result are computed or looked at."""
     if step.kind == UP:
         return 0 if again else 1
-    return {parts.WHOLE: 0, parts.LAST: 2, parts.RESIDUAL: 3 if again else 4, DOWN: 1}.get(step.kind, 1)
+    return {WHOLE: 0, LAST: 2, RESIDUAL: 3 if again else 4, DOWN: 1}.get(step.kind, 1)
 
 
 def _wraps(conv: AnyModule) -> bool:

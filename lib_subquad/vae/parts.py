@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..steps import CONVOLUTION, DOWN, LAST, RESIDUAL, UP, WHOLE, VaeStep
+
 # Where the forwards stand that are known: the programs' own copies of latent diffusion's file.
 HOMES = (
     "ldm.modules.diffusionmodules.model",
@@ -20,12 +22,11 @@ HOMES = (
     "modules.models.sd3.sd3_impls",  # SD 3 in the web UI
     "backend.nn.vae",  # Forge
     "ldm_patched.ldm.modules.diffusionmodules.model",  # reForge
+    f"{__package__}.model",  # ours
 )
 DECODERS, ENCODERS = ("Decoder", "VAEDecoder"), ("Encoder", "VAEEncoder")
 NO_TIME = ("VAEDecoder", "VAEEncoder")  # whose residual blocks take no embedding of a time step
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
-
-CONVOLUTION, RESIDUAL, UP, DOWN, LAST, WHOLE = "convolution", "residual", "up", "down", "last", "whole"
 
 
 class AnyModule(Protocol):
@@ -36,16 +37,10 @@ class AnyModule(Protocol):
     def __call__(self, *arguments: Any, **named: Any) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A layer of a half, from a feature map of `into` channels to one of `out`.
+@dataclass(frozen=True, kw_only=True)
+class Stage(VaeStep):
+    """A step of a half that is there. `call` is the layer as the half's own forward calls it."""
 
-    `kind` says how it is computed. `call` is the layer as the half's own forward calls it.
-    """
-
-    kind: str
-    into: int
-    out: int
     layer: AnyModule
     call: Callable[[Tensor], Tensor]
 
@@ -101,7 +96,7 @@ def _encoder_steps(encoder: AnyModule) -> Iterator[Stage]:
 
 def _middle(half: AnyModule, channels: int) -> Iterator[Stage]:
     yield _residual(half, half.mid.block_1, channels)
-    yield Stage(WHOLE, channels, channels, half.mid.attn_1, half.mid.attn_1)
+    yield Stage(WHOLE, channels, channels, layer=half.mid.attn_1, call=half.mid.attn_1)
     yield _residual(half, half.mid.block_2, channels)
 
 
@@ -112,12 +107,12 @@ def _blocks(half: AnyModule, level: AnyModule, count: int, channels: int) -> Ite
         channels = step.out
         yield step
         if len(attention) > 0:
-            yield Stage(WHOLE, channels, channels, attention[number], attention[number])
+            yield Stage(WHOLE, channels, channels, layer=attention[number], call=attention[number])
 
 
 def _convolution(conv: AnyModule) -> Stage:
     kind = CONVOLUTION if is_local(conv, 3) else WHOLE
-    return Stage(kind, getattr(conv, "in_channels", 1), _channels(conv), conv, conv)
+    return Stage(kind, getattr(conv, "in_channels", 1), _channels(conv), layer=conv, call=conv)
 
 
 def _residual(half: AnyModule, block: AnyModule, channels: int) -> Stage:
@@ -125,7 +120,8 @@ def _residual(half: AnyModule, block: AnyModule, channels: int) -> Stage:
         return block(x) if type(half).__name__ in NO_TIME else block(x, None)
 
     out = getattr(block, "out_channels", channels)
-    return Stage(RESIDUAL if _is_residual(block) else WHOLE, channels, out, block, call)
+    kind = RESIDUAL if _is_residual(block) else WHOLE
+    return Stage(kind, channels, out, in_place=_overwrites(block), layer=block, call=call)
 
 
 def _resampling(layer: AnyModule, kind: str, name: str, channels: int) -> Stage:
@@ -134,7 +130,8 @@ def _resampling(layer: AnyModule, kind: str, name: str, channels: int) -> Stage:
         known = known and is_local(layer.conv, 3) and getattr(layer, "scale_factor", 2.0) == 2.0
     else:
         known = known and is_local(layer.conv, 3, stride=2, padding=0)
-    return Stage(kind if known else WHOLE, channels, channels, layer, layer)
+    resizes = kind if known or type(layer).__name__ == name else ""
+    return Stage(kind if known else WHOLE, channels, channels, resizes, layer=layer, call=layer)
 
 
 def _last(half: AnyModule, channels: int) -> Stage:
@@ -142,7 +139,8 @@ def _last(half: AnyModule, channels: int) -> Stage:
         return finish(half, half.conv_out(torch.nn.functional.silu(half.norm_out(x))))
 
     known = is_local(half.conv_out, 3) and is_group_norm(half.norm_out)
-    return Stage(LAST if known else WHOLE, channels, _channels(half.conv_out), half, call)
+    kind = LAST if known else WHOLE
+    return Stage(kind, channels, _channels(half.conv_out), in_place=_overwrites(half), layer=half, call=call)
 
 
 def finish(half: AnyModule, x: Tensor) -> Tensor:
@@ -167,6 +165,11 @@ def _is_residual(block: AnyModule) -> bool:
     size = 3 if getattr(block, "use_conv_shortcut", False) else 1
     local = is_local(block.conv1, 3) and is_local(block.conv2, 3) and (beside is None or is_local(beside, size))
     return local and is_group_norm(block.norm1) and is_group_norm(block.norm2)
+
+
+def _overwrites(layer: AnyModule) -> bool:
+    """Whether its SiLU does, as in the Forge family and SD 3; latent diffusion's is a function that does not."""
+    return bool(getattr(getattr(layer, "swish", None), "inplace", False))
 
 
 def is_local(conv: AnyModule, size: int, stride: int = 1, padding: int | None = None) -> bool:

@@ -87,19 +87,30 @@ def _set_in_vain(asked: Question, rows: list[Row]) -> list[Said]:
 
 
 def _not_fitting(asked: Question, rows: list[Row]) -> Answer | None:
-    needed = max(row.call_bytes for row in rows)
+    halves = asked.halves()
+    calls = max(row.call_bytes for row in rows)
+    decoding = max((half.bytes for half in halves), default=0)
+    needed = max(calls, decoding)
     if needed <= asked.limit_bytes:
         return None
-    told = Said(words.TOO_LARGE, needed=tables.memory(needed), limit=tables.memory(asked.limit_bytes))
+    limit = tables.memory(asked.limit_bytes)
+    told = Said(words.TOO_LARGE, needed=tables.memory(calls), limit=limit)
+    if decoding > calls:
+        half = max(halves, key=lambda half: half.bytes)
+        told = Said(words.DECODER_TOO_LARGE, needed=tables.memory(decoding), way=words.WAYS[half.in_bands], limit=limit)
+        if not half.in_bands and max(calls, half.plan.bytes) <= asked.limit_bytes:
+            return Answer((_subject(asked), told), Said(words.IN_BANDS, needed=tables.memory(half.plan.bytes)))
+    return Answer((_subject(asked), told), _what_fits(asked, needed))
+
+
+def _what_fits(asked: Question, needed: int) -> Said:
     largest = asked.largest_image()
-    percent = -(-100 * needed // max(asked.free_bytes, 1))
     if largest is None:
-        step = Said(words.FREE_MEMORY)
-    elif needed <= ROOM * asked.free_bytes:
-        step = Said(words.RAISE_LIMIT, percent=percent, size=size(*largest))
-    else:
-        step = Said(words.SMALLER, size=size(*largest))
-    return Answer((_subject(asked), told), step)
+        return Said(words.FREE_MEMORY)
+    if needed <= ROOM * asked.free_bytes:
+        percent = -(-100 * needed // max(asked.free_bytes, 1))
+        return Said(words.RAISE_LIMIT, percent=percent, size=size(*largest))
+    return Said(words.SMALLER, size=size(*largest))
 
 
 def _computed(asked: Question, rows: list[Row]) -> Answer:

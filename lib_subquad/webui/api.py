@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from ..console import UserError
 from ..engines import order
 from ..engines.table import Class, Found
+from ..lab.explain.halves import Half
 from ..lab.explain.rows import Row
 from . import decoding, measuring, models, status
 from .hosts import host
@@ -33,12 +34,27 @@ class PlanRow(BaseModel):
     reasons: list[str] = Field(description="why this engine and these sizes, in words")
 
 
+class VaeRow(BaseModel):
+    """A half of the VAE: what its convolutions hold at their peak, by estimate."""
+
+    part: str = Field(description="vae_decoder or vae_encoder")
+    in_bands: bool = Field(description="whether it is computed in bands of rows, not all at once")
+    band_rows: int = Field(description="rows of the largest feature map at a time, in bands")
+    bands_bytes: int = Field(description="what it takes in bands")
+    usual_bytes: int = Field(description="what it takes all at once")
+    fits: bool = Field(description="whether the way it is computed fits the memory limit")
+    reasons: list[str] = Field(description="why in this way, in words")
+
+
 class PlanResponse(BaseModel):
     family: str
     notes: list[str]
     rows: list[PlanRow]
+    vae: list[VaeRow] = Field([], description="empty where the checkpoint does not tell")
     largest_image: Optional[list[int]] = Field(  # noqa: UP045 - pydantic 1 reads annotations itself
-        None, description="[width, height] of the largest image in these proportions inside the memory limit"
+        None,
+        description="[width, height] of the largest image in these proportions whose attention and decoding stay "
+        "inside the memory limit; of attention alone where `vae` is empty",
     )
 
 
@@ -133,6 +149,7 @@ def plan_route(width: int = 512, height: int = 512, batch: int = 1, checkpoint: 
         family=asked.checkpoint.family,
         notes=[sendable(note) for note in asked.notes],
         rows=[_row(row) for row in rows],
+        vae=[_half(half) for half in asked.halves()],
         largest_image=list(largest) if largest else None,
     )
 
@@ -197,6 +214,18 @@ def _measured_row(calls: Class, found: Found) -> MeasuredRow:
         kv_chunk=found.kv_chunk,
         margin=found.margin,
         disturbed=found.disturbed,
+    )
+
+
+def _half(half: Half) -> VaeRow:
+    return VaeRow(
+        part=half.part,
+        in_bands=half.in_bands,
+        band_rows=half.plan.rows,
+        bands_bytes=half.plan.bytes,
+        usual_bytes=half.plan.usual_bytes,
+        fits=half.fits,
+        reasons=list(half.reasons),
     )
 
 

@@ -89,6 +89,8 @@ BESIDE_OTHERS = (
 )
 NO_KERNEL = "no layer has a fused kernel, because {why}."
 FEW_KERNELS = "{count} of {shapes} shapes run without a fused kernel, because {why}."
+DECODER_TOO_LARGE = "this does not fit. Decoding it takes {needed} {way}, and the memory limit leaves {limit}."
+WAYS = {False: "all at once", True: "even in bands"}
 TOO_LARGE = "this does not fit. A call of attention takes {needed}, and the memory limit leaves {limit}."
 NOT_SERVED = "{model}: no attention layer that subquad serves."
 NOT_ACTIVE = "{is_so}: {why}"
@@ -99,6 +101,7 @@ MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Meas
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."
 RAISE_LIMIT = "Set the memory limit to {percent} %, or make images of {size} at most."
+IN_BANDS = "Set VAE in bands to when needed: then it takes {needed}."
 FREE_MEMORY = "Close other programs that use this device's memory."
 ADVICE = "{advice}."
 
@@ -146,7 +149,7 @@ STILL_TOO_LITTLE = "There is still too little memory. Close other programs that 
 TERMS = {
     "Where": "The part of the model that has these layers, and what they look at. The U-Net or transformer makes the "
     "image; the VAE turns it into pixels. self: the image at itself; cross: the image at the prompt; together: image "
-    "and prompt, as one, at themselves.",
+    "and prompt, as one, at themselves. convolutions: what else the VAE is made of; the encoder is for img2img.",
     "Layers": "How many layers of the model work on this shape, each once in every sampling step, or, in the VAE, once "
     "for an image.",
     "Tokens": "The pieces that attention compares: small patches of the image, or pieces of the prompt's words.",
@@ -293,7 +296,7 @@ def details(question: Question) -> str:
     if not rows:
         return warning(str(Said(NOT_SERVED, model=family))) + notes
     summary = f"<b>{escape(family)}</b>: {layers_in_words(rows, kinds=True)}."
-    groups = [group.cells() for group in grouped(rows)]
+    groups = [*(group.cells() for group in grouped(rows)), *(half.group_cells() for half in question.halves())]
     table = _table(list(groups[0]), ([f"<bdi>{escape(cell)}</bdi>" for cell in cells.values()] for cells in groups))
     size = size_in_words(question, term("memory limit", "Memory limit"), "<b><bdi>{}</bdi></b>".format)
     found = doctor.diagnosis([row.problem for row in rows], question.settings, question.free_bytes)

@@ -7,8 +7,10 @@ import torch
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
+from lib_subquad.checkpoint import from_shapes
 from lib_subquad.engines import order
 from lib_subquad.engines.table import Class, Found
+from tests.checkpoint import public_models
 
 
 def password(secret: str = ""):
@@ -68,7 +70,19 @@ def test_the_plan_has_a_row_for_every_shape(app, loaded):
     answer = app().get("/subquad/v1/plan?width=64&height=128").json()
     assert {row["kind"] for row in answer["rows"]} == {"self", "cross"}
     assert max(row["query_chunk"] for row in answer["rows"]) == 32
-    assert answer["largest_image"][1] == 2 * answer["largest_image"][0]
+    width, height = answer["largest_image"]
+    assert abs(height - 2 * width) <= 64  # both are multiples of 64
+
+
+def test_the_plan_tells_what_the_vae_takes(app, loaded, monkeypatch):
+    from lib_subquad.webui import models
+
+    assert all(half["usual_bytes"] > 0 for half in app().get("/subquad/v1/plan").json()["vae"])
+    monkeypatch.setattr(models, "read", lambda title: from_shapes(public_models.tensors("sd15")))
+    decoder, encoder = app().get("/subquad/v1/plan?width=512&height=1024").json()["vae"]
+    assert (decoder["part"], encoder["part"]) == ("vae_decoder", "vae_encoder")
+    assert 0 < decoder["bands_bytes"] < 0.41 * decoder["usual_bytes"] and decoder["band_rows"] > 0
+    assert encoder["usual_bytes"] < decoder["usual_bytes"] and decoder["reasons"][0].startswith("all at once")
 
 
 def test_what_was_measured_is_told_and_forgotten(app, loaded):

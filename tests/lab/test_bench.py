@@ -54,6 +54,20 @@ def test_bench_measures_prints_and_writes(tmp_path, capsys):
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_bench_measures_the_vae(tmp_path, capsys):
+    arguments = ["bench", "--vae", "64", "--ways", "usual,bands", "--repeats", "1"]
+    assert command_line.main([*arguments, "--json", str(tmp_path / "vae.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Stable Diffusion's VAE, float32" in printed and "decoder 64²" in printed and "processor" in printed
+    record = json.loads((tmp_path / "vae.json").read_text(encoding="utf-8"))
+    usual, bands = record["results"]
+    assert [usual["peer"], bands["peer"]] == ["usual", "bands"]
+    assert usual["shape"] == {"half": "decoder", "width": 64, "height": 64} and usual["reason"] == bands["reason"] == ""
+    assert bands["error"] <= 1.3 * usual["error"] < 1e-4
+    assert bands["rounds"][0]["plan"].startswith("bands of ") and bands["rounds"][0]["plan_bytes"]
+    assert all(it["seconds"] > 0 and it["processor"] > 0 for it in record["results"])
+
+
 def test_growth_doubles_prints_and_writes(tmp_path, capsys):
     arguments = ["growth", "--heads", "1", "--width", "8", "--smallest", "32", "--largest", "64", "--repeats", "1"]
     assert command_line.main([*arguments, "--peers", "automatic", "--json", str(tmp_path / "growth.json")]) == 0
@@ -76,6 +90,10 @@ def test_growth_doubles_prints_and_writes(tmp_path, capsys):
         (["--json", os.path.join("no", "such", "folder.json")], "there is no folder"),
         (["--json", os.curdir], "is a folder"),
         (["--training", "--layer"], "not allowed with"),
+        (["--vae", "512", "--layer"], "not allowed with"),
+        (["--vae", "100"], "multiple of 64"),
+        (["--vae", "unet-512"], "decoder, encoder"),
+        (["--vae", "512", "--ways", "tiles"], "expected some of usual"),
     ],
 )
 def test_what_cannot_be_used_is_said_before_anything_is_measured(arguments, words, capsys):
@@ -91,6 +109,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_measured(arguments, word
         (["bench", "--peers", "automatic", "--against", "sdpa"], "not measured"),
         (["bench", "--capture", "x.safetensors", "--shape", SMALL_TEXT], "no meaning"),
         (["bench", "--capture", "x.safetensors", "--size", "100"], "multiple of 64"),
+        (["bench", "--vae", "--shape", SMALL_TEXT], "no meaning"),
         (["growth", "--smallest", "64", "--largest", "32"], "more than"),
     ],
 )

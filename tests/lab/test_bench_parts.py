@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 import sys
 import time
@@ -13,11 +15,12 @@ import torch
 from lib_subquad.console import UserError
 from lib_subquad.engines import fused
 from lib_subquad.lab import machine, meter, process, tables
-from lib_subquad.lab.bench import measure, peers, plot, report, results
+from lib_subquad.lab.bench import halves, measure, peers, plot, report, results
 from lib_subquad.lab.bench.measure import Measurement
 from lib_subquad.lab.bench.results import Result
 from lib_subquad.lab.bench.shapes import DEFAULT, Shape, parse_shape
 from lib_subquad.lab.bench.work import Job
+from lib_subquad.lab.commands import measuring
 from lib_subquad.lab.commands.growth import doubling
 from lib_subquad.problem import Problem
 
@@ -224,6 +227,66 @@ def test_sampled_memory_sees_a_peak_that_is_gone(monkeypatch):
     with meter.PeakMemory(torch.device("cpu")) as peak:
         pass
     assert peak.bytes is None
+
+
+# ----------------------------------------------------------------------------------------------------------- the VAE
+
+
+@pytest.mark.parametrize(
+    ("text", "picture", "label"),
+    [
+        ("512", ("decoder", 512, 512), "decoder 512²"),
+        ("encoder-1024", ("encoder", 1024, 1024), "encoder 1024²"),
+        (" Decoder-64x128", ("decoder", 64, 128), "decoder 64×128"),
+    ],
+)
+def test_pictures_have_names(text, picture, label):
+    found = halves.parse_picture(text)
+    assert (found, found.label) == (halves.Picture(*picture), label)
+
+
+@pytest.mark.parametrize("text", ["", "unet-512", "decoder", "512-decoder", "encoder-"])
+def test_what_is_no_picture_is_shown_what_was_expected(text):
+    with pytest.raises(ValueError, match="expected"):
+        halves.parse_picture(text)
+
+
+@pytest.mark.parametrize("half", halves.HALVES)
+@pytest.mark.parametrize("way", halves.WAYS)
+def test_every_way_gives_the_same_picture(half, way):
+    found = measure._measure_or_reason(halves.HalfJob(way, halves.Picture(half, 64, 128)))
+    assert found.reason == "" and 0 < found.error < 1e-4 and found.processor > 0
+    assert found.result_bytes == (3 * 64 * 128 if half == "decoder" else 8 * 8 * 16) * 4
+    assert (found.plan_bytes is not None) == ("bands" in way)
+
+
+def test_a_way_that_is_wrong_is_found_out(monkeypatch):
+    monkeypatch.setattr(halves, "in_bands", lambda half, x, **more: half(x).roll(1, 2))
+    assert measure._measure_or_reason(halves.HalfJob("bands", halves.Picture("decoder", 64, 64))).error > 0.1
+
+
+def test_a_table_of_the_vae_compares_with_the_usual_way():
+    picture = halves.Picture("decoder", 512, 512)
+    found = [
+        Result(picture, "usual", [Measurement(2.0, 1, 8 << 20, 0, 1e-6, processor=3.0)] * 2),
+        Result(picture, "bands", [Measurement(3.0, 1, 2 << 20, 0, 1e-6, processor=3.3)] * 2),
+    ]
+    row = report.vae_table(found).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "bands", "3.00 s", "3.00 s – 3.00 s", "1.50", "3.30 s", "1.10", "2 MiB", "0.25", "1.0e-06",
+    ]  # fmt: skip
+    assert "–" in report.vae_table(found[1:])  # nothing to compare with
+    record = {"mode": "vae", "dtype": "float32", "scores": "normal", "busy": 0, "device": "a device", "threads": None}
+    text = report.vae_report(record | {"torch": "2.13", "others": None, "command": "bench --vae"}, found)
+    assert "usual: all at once, as" in text and "low-bands:" not in text
+
+
+def test_the_record_tells_of_busy_programs(monkeypatch):
+    monkeypatch.setattr(measuring, "measure", lambda *job: Measurement(1.0))
+    monkeypatch.setattr(measuring, "busy_programs", lambda count: contextlib.nullcontext())
+    arguments = argparse.Namespace(device="cpu", threads=None, calm=None, timeout=1, repeats=1, dtype="float32")
+    found = measuring.measured(arguments, [SMALL], ["sdpa"], lambda *asked: None, busy=2, scores="normal", mode="layer")
+    assert "beside 2 busy programs" in report.heading(found.record)
 
 
 # -------------------------------------------------------------------------------------------------- many measurements

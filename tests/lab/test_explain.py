@@ -152,13 +152,14 @@ def test_no_image_fits_no_memory():
     asked = question(checkpoint("sd15"), free=1000, dtype=torch.float16)
     assert asked.largest_image() is None
     assert size_in_words(asked) == (
-        "An image of 512 × 512 does not fit. Not even the smallest image keeps its attention inside the memory limit."
+        "An image of 512 × 512 does not fit. Not even the smallest image keeps its attention and decoding inside the "
+        "memory limit."
     )
 
 
 def test_a_size_between_two_steps_that_fits_is_not_said_not_to():
     asked = question(checkpoint("sd15"), 1000)
-    enough = max(row.call_bytes for row in asked.rows()) * 100 // 70 + 1
+    enough = max(half.bytes for half in dataclasses.replace(asked, free_bytes=0).halves()) * 100 // 70 + 1
     assert "does not fit" not in size_in_words(dataclasses.replace(asked, free_bytes=enough))
     assert "An image of 1024 × 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
 
@@ -167,7 +168,9 @@ def test_the_largest_image_that_is_named_can_be_asked_about():
     asked = question(checkpoint("sd15"), 768, 512, free=2**60)
     assert asked.largest_image()[0] == LARGEST_SIDE
     assert question(asked.checkpoint, *asked.largest_image()).rows()
-    assert size_in_words(asked).startswith("Images of every size keep their attention inside the memory limit. The")
+    assert size_in_words(asked).startswith(
+        "Images of every size keep their attention and decoding inside the memory limit. The"
+    )
 
 
 @pytest.mark.parametrize("value", [0, -64, 63, 64.5, LARGEST_SIDE + 1, "wide", "", None, True, float("nan"), 10**400])
@@ -210,6 +213,84 @@ def test_what_is_no_size_is_said(text, words):
 def test_a_size_for_a_model_that_goes_in_steps(text, name):
     with pytest.raises(UserError, match=rf"^{name} is \d+; it must be a multiple of 64 from 64 to 512\.$"):
         parse_size(text, step=64, largest=512)
+
+
+# ------------------------------------------------------------------------------------------------------------ the VAE
+
+
+def decoder(side=1024, free=8 * GIB, name="sd15", dtype=torch.float32, **settings):
+    return question(checkpoint(name), side, free=free, dtype=dtype, settings=Settings(**settings)).halves()[0]
+
+
+def test_what_a_decoder_takes_all_at_once_and_in_bands():
+    made = decoder()
+    assert made.plan.usual_bytes == 8 * 128 * 1024**2 * 4 and made.plan.bytes < 0.41 * made.plan.usual_bytes
+    assert not made.in_bands and made.fits and made.bytes == made.plan.usual_bytes
+    assert made.cells() == {
+        "Where": "VAE decoder, convolutions", "Layers": "33", "Tokens": "1024 × 1024 pixels", "Heads": "–",
+        "Engine": "as usual", "Query chunk": "–", "KV chunk": "–", "Workspace": "4096 MiB",
+        "Why": f"all at once, which fits the memory limit; bands would take {tables.memory(made.plan.bytes)}",
+    }  # fmt: skip
+    assert decoder(dtype=torch.float16).plan.usual_bytes == made.plan.usual_bytes // 2
+    wide = question(checkpoint("sd15"), 1024, 512).halves()[0]
+    assert wide.sides == (1024, 512) and wide.plan.usual_bytes == made.plan.usual_bytes // 2
+
+
+def test_bands_where_the_usual_way_takes_more_than_the_limit():
+    made = decoder(free=5 * GIB)
+    assert made.in_bands and made.fits and made.bytes == made.plan.bytes
+    cells = made.group_cells()
+    assert (cells["Engine"], cells["At a time"]) == ("in bands", f"{made.plan.rows} rows")
+    assert cells["Memory"] == tables.memory(made.plan.bytes)
+    assert cells["Why"].startswith("all at once it takes 4096 MiB, more than the memory limit")
+    assert not decoder(free=GIB).fits and decoder(free=GIB).in_bands
+
+
+def test_what_the_setting_says_of_bands():
+    roomy, tight = decoder(), decoder(free=5 * GIB)
+    always, never = (dataclasses.replace(roomy, when=when) for when in ("always", "never"))
+    assert always.in_bands and always.bytes == roomy.plan.bytes
+    assert "more than" not in always.reasons[0] and not never.in_bands and "as you have set it" in never.reasons[0]
+    refused = dataclasses.replace(tight, when="never")
+    assert not refused.in_bands and not refused.fits and refused.bytes == tight.plan.usual_bytes
+
+
+def test_an_encoder_takes_less_than_its_decoder():
+    both = question(checkpoint("sdxl_base"), 1024).halves()
+    assert [half.part for half in both] == ["vae_decoder", "vae_encoder"]
+    assert both[1].plan.usual_bytes < both[0].plan.usual_bytes and both[1].plan.bytes < both[0].plan.bytes
+    assert both[1].layers == 25
+
+
+def test_rows_of_both_kinds_have_the_same_cells():
+    asked = question(checkpoint("sd15"))
+    assert list(asked.rows()[0].cells()) == list(asked.halves()[0].cells())
+    assert list(grouped(asked.rows())[0].cells()) == list(asked.halves()[0].group_cells())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl_base", "sd3_medium"])
+def test_the_largest_image_is_one_whose_decoding_fits_as_well(family):
+    asked = question(checkpoint(family), free=4 * GIB)
+    width, height = asked.largest_image()
+    of_attention = dataclasses.replace(asked, checkpoint=dataclasses.replace(asked.checkpoint, encoder=(), decoder=()))
+    assert width < of_attention.largest_image()[0]
+    assert dataclasses.replace(asked, width=width, height=height).fits()
+    assert not dataclasses.replace(asked, width=width + 64, height=height + 64).fits()
+    assert f"whose attention and decoding stay inside the memory limit: {width} × {height}." in size_in_words(asked)
+
+
+def test_the_largest_image_without_bands_is_smaller(monkeypatch):
+    asked = question(checkpoint("sd15"), free=4 * GIB)
+    largest = asked.largest_image()
+    monkeypatch.setattr("lib_subquad.lab.explain.question.when", lambda settings: "never")
+    assert asked.largest_image()[0] ** 2 < 0.5 * largest[0] ** 2
+
+
+def test_where_the_file_tells_of_no_decoder_it_is_about_attention_and_says_so():
+    told = size_in_words(question(checkpoint("flux_dev"), free=4 * GIB))
+    assert "whose attention stays inside the memory limit" in told
+    assert told.endswith("and so does the VAE, of which this file tells nothing.")
+    assert "tells nothing" not in size_in_words(question(checkpoint("sd15"), free=4 * GIB))
 
 
 # ------------------------------------------------------------------------------------------------ models of any family

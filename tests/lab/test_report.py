@@ -284,7 +284,8 @@ def test_directmls_package_is_imported_where_its_device_is_named(monkeypatch):
     monkeypatch.setattr(machine.importlib, "import_module", asked.append)
     with pytest.raises(argparse.ArgumentTypeError):  # the package is not here
         arguments.device("privateuseone:0")
-    measure._answer(dataclasses.asdict(Job("sdpa", Shape("", 1, 1, 8, 8, 8), device="privateuseone:0")))
+    job = Job("sdpa", Shape("", 1, 1, 8, 8, 8), device="privateuseone:0")
+    measure._answer({"kind": "attention", "job": dataclasses.asdict(job)})
     assert asked == ["torch_directml"] * 3  # once more to tell the devices that there are
     arguments.device("cpu")
     assert len(asked) == 3

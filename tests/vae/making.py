@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib_subquad.vae.model import with_random_weights
+
 with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
     ldm = pytest.importorskip("ldm.modules.diffusionmodules.model", reason="stable-diffusion-sdkit is not installed")
 
@@ -26,16 +28,7 @@ def half(name: str, **config: object) -> nn.Module:
     """ "decoder" or "encoder", with norms and biases that matter."""
     cls = ldm.Decoder if name == "decoder" else ldm.Encoder
     with contextlib.redirect_stdout(io.StringIO()):
-        made = cls(**(TINY | config)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(1)
-    for module in made.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5, generator=generator)
-            module.bias.uniform_(-1, 1, generator=generator)
-        elif isinstance(module, nn.Conv2d):
-            module.bias.uniform_(-1, 1, generator=generator)
-            module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
-    return made
+        return with_random_weights(cls(**(TINY | config)))
 
 
 def given(name: str, height: int = 19, width: int = 7, batch: int = 1) -> Tensor:

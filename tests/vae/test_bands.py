@@ -380,6 +380,21 @@ def test_memory(peak_bytes, monkeypatch):
         assert plan.usual_bytes == pytest.approx(usual, rel=0.1)
 
 
+@pytest.mark.parametrize("multipliers", [(1, 2, 2), (1, 1, 2)], ids=["twice", "alike"])
+def test_memory_of_an_encoder(multipliers, peak_bytes, monkeypatch):
+    """Two maps of its first level, or one and rows, where its own forward holds four and a convolution's copy."""
+    monkeypatch.setattr(bands, "LEAST_ROWS", 4)
+    made, x, plans = half("encoder", ch_mult=multipliers), torch.randn(1, 3, 256, 256), []
+    made.mid.attn_1 = nn.Identity()  # ldm's keeps all scores
+    with torch_threads(2):
+        usual = peak_bytes(lambda: made(x))
+        roomy = peak_bytes(lambda: in_bands(made, x, free_bytes=ROOMY, report=plans.append))
+        cramped = peak_bytes(lambda: in_bands(made, x, free_bytes=CRAMPED, report=plans.append))
+    assert roomy < 0.6 * usual and cramped < 0.41 * usual
+    for found, plan in zip((roomy, cramped), plans):
+        assert 0.8 * found < plan.bytes < 1.25 * found
+
+
 def steps_of(name, **config):
     from lib_subquad.vae import steps_of
 

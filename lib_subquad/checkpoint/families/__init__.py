@@ -57,12 +57,15 @@ def describe(tensors: Tensors, heads: Heads | None) -> Checkpoint:
         return other
 
     vae_layers, latent_factor, vae_notes = vae.read(tensors)
+    encoder, decoder = vae.halves(tensors)
     if not known:
         if vae_layers:
-            return Checkpoint("VAE", vae_layers, ("Only a VAE: the file holds no U-Net or transformer.", *vae_notes))
+            notes = ("Only a VAE: the file holds no U-Net or transformer.", *vae_notes)
+            return Checkpoint("VAE", vae_layers, notes, encoder=encoder, decoder=decoder)
         return Checkpoint("unknown", notes=(f"Not recognised. The names in it start with {tensors.beginnings()}.",))
 
     prefix, family = found[known[0][1]]
     model = family.read(tensors.under(prefix), heads, latent_factor)
     notes = (*model.notes, *vae_notes, *([] if vae_layers else [NO_VAE]))
-    return replace(model, layers=model.layers + vae_layers, notes=notes, about_model=model.notes)
+    layers = model.layers + vae_layers
+    return replace(model, layers=layers, notes=notes, about_model=model.notes, encoder=encoder, decoder=decoder)

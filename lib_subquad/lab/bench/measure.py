@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +17,14 @@ import torch
 
 from ... import console
 from ... import device as devices
-from ...plan import plan_problem
 from .. import meter
 from ..machine import bring_backend, processor_seconds, share_of_others
 from ..process import Failed, ask, serve, stay_within_memory
-from .peers import Unsupported, find
-from .shapes import Shape
-from .work import WORK, Job, Work
+from .halves import HalfJob, HalfWork
+from .peers import Unsupported
+from .work import Job, Work
 
+JOBS: dict[str, type[Job] | type[HalfJob]] = {"attention": Job, "vae": HalfJob}
 LONG_SECONDS = 2.0
 CALM_TRIES = 10
 TIMED_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.5, 3, 100
@@ -32,8 +34,9 @@ TIMED_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.5, 3, 100
 class Measurement:
     """What came of it; with a `reason` nothing was measured.
 
-    `seconds` is the median of the calls that were timed, `peak_bytes` the peak beside the inputs, result included.
-    Errors are the largest absolute ones of a sample of rows against float64. `plan_bytes` is the workspace that the
+    `seconds` is the median of the calls that were timed, `processor` the processor time of one of them, of all threads,
+    `peak_bytes` the peak beside the inputs, result included. Errors are the largest absolute ones of a sample of rows,
+    or of a small picture, against float64. `plan_bytes` is the workspace that the
     plan promised, `plan` the plan in words; both only for this library's own engines. `others` is the share of the
     processors' time that other programs took while calls were timed, None where the system does not tell. `tries` says
     how often it was made until it was calm enough.
@@ -50,9 +53,10 @@ class Measurement:
     others: float | None = None
     reason: str = ""
     tries: int = 1
+    processor: float | None = None
 
 
-def measure(job: Job, timeout: float | None = None, calm: float | None = None) -> Measurement:
+def measure(job: Job | HalfJob, timeout: float | None = None, calm: float | None = None) -> Measurement:
     """The measurement, made in a process of its own.
 
     Where other programs took more than the share `calm` of the processors meanwhile, it is made again, and the calmest
@@ -68,21 +72,22 @@ def measure(job: Job, timeout: float | None = None, calm: float | None = None) -
     return dataclasses.replace(found, tries=tries)
 
 
-def _measure_apart(job: Job, timeout: float | None) -> Measurement:
+def _measure_apart(job: Job | HalfJob, timeout: float | None) -> Measurement:
+    kind = next(name for name, made in JOBS.items() if isinstance(job, made))
     try:
-        return Measurement(**ask(__name__, dataclasses.asdict(job), timeout))
+        return Measurement(**ask(__name__, {"kind": kind, "job": dataclasses.asdict(job)}, timeout))
     except Failed as error:
         return Measurement(reason=str(error))
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    job = Job(**{**question, "shape": Shape(**question["shape"])})
+    job = JOBS[question["kind"]].of(question["job"])
     bring_backend(job.device)
     stay_within_memory(torch.device(job.device))
     return dataclasses.asdict(_measure_or_reason(job))
 
 
-def _measure_or_reason(job: Job) -> Measurement:
+def _measure_or_reason(job: Job | HalfJob) -> Measurement:
     try:
         return _measure(job)
     except Unsupported as error:
@@ -93,39 +98,50 @@ def _measure_or_reason(job: Job) -> Measurement:
         return Measurement(reason=console.in_a_line(error))
 
 
-def _measure(job: Job) -> Measurement:
-    problem, peer, device = job.problem(), find(job.peer), torch.device(job.device)
-    attend = peer.make(problem)
+def _measure(job: Job | HalfJob) -> Measurement:
+    device = torch.device(job.device)
     if job.threads:
         torch.set_num_threads(job.threads)
     torch.manual_seed(0)
-    work = WORK[job.mode](job, peer, attend)
-    plan = None if peer.settings is None else plan_problem(problem, peer.settings)
+    work = job.work()
     work.small()()
     before = processor_seconds()
-    first, peak = _peak_call(work, device)
-    timed = [first]
+    first, processor, peak = _peak_call(work, device)
+    timed = [(first, processor)]
     if first < LONG_SECONDS:
         before, timed = processor_seconds(), []
-        while len(timed) < FEWEST_CALLS or (sum(timed) < TIMED_SECONDS and len(timed) < MOST_CALLS):
-            timed.append(meter.measure(work, device)[0])
+        while len(timed) < FEWEST_CALLS or (_sum(timed) < TIMED_SECONDS and len(timed) < MOST_CALLS):
+            timed.append(_timed(work, device)[:2])
     others = share_of_others(before, processor_seconds())
     error, gradient_error = work.errors()
+    plan, plan_bytes = work.promise
     return Measurement(
-        seconds=statistics.median(timed),
+        seconds=statistics.median(seconds for seconds, _ in timed),
         calls=len(timed),
         peak_bytes=peak,
-        result_bytes=problem.output_bytes,
+        result_bytes=work.result_bytes,
         error=error,
         gradient_error=gradient_error,
-        plan="" if plan is None else str(plan),
-        plan_bytes=None if plan is None else plan.workspace_bytes,
+        plan=plan,
+        plan_bytes=plan_bytes,
         others=others,
+        processor=statistics.median(processor for _, processor in timed),
     )
 
 
-def _peak_call(work: Work, device: torch.device) -> tuple[float, int | None]:
-    """(seconds, peak bytes) of a first call at full size."""
+def _sum(timed: Sequence[tuple[float, float]]) -> float:
+    return sum(seconds for seconds, _ in timed)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> tuple[float, float, int | None]:
+    """(seconds, seconds of all processors, peak bytes) of a call."""
+    before = time.process_time()
+    seconds, peak = meter.measure(call, device)
+    return seconds, time.process_time() - before, peak
+
+
+def _peak_call(work: Work | HalfWork, device: torch.device) -> tuple[float, float, int | None]:
+    """The same of a first call at full size."""
 
     def call() -> object:
         result = work()
@@ -133,12 +149,12 @@ def _peak_call(work: Work, device: torch.device) -> tuple[float, int | None]:
         return result
 
     meter.give_back_freed_memory()
-    seconds, peak = meter.measure(call, device)
+    seconds, processor, peak = _timed(call, device)
     if peak is None and device.type == "cpu":
         with meter.PeakMemory(device, sampled=True) as sampled:  # a call of its own: looking takes time
             work()
         peak = sampled.bytes
-    return seconds, peak
+    return seconds, processor, peak
 
 
 if __name__ == "__main__":

@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import tables
+from .halves import CHECKED_SIDE, USUAL, WAYS
 from .results import Result, find, geometric_mean
 
 BASE_TOKENS = 4096  # what time per score is compared with: a 512² image in SD 1.5
 
 
 def heading(record: Mapping[str, Any]) -> str:
-    what = {"attention": "attention", "training": "forward and backward", "layer": "a whole CrossAttention layer"}
+    what = {
+        "attention": "attention",
+        "training": "forward and backward",
+        "layer": "a whole CrossAttention layer",
+        "vae": "Stable Diffusion's VAE",
+    }
     parts = [what[record["mode"]], record["dtype"]]
     if record["scores"] != "normal":
         parts.append(f"{record['scores']} scores")
@@ -75,12 +81,15 @@ def summary_table(results: Sequence[Result], against: Sequence[str]) -> str:
 
 
 def _legend(record: Mapping[str, Any], results: Sequence[Result]) -> str:
-    once = any(len(result.good) == 1 for result in results)
-    warning = " What was measured once is not to be trusted: times change from one round to the next." if once else ""
     return (
         f"{how_often(results)}ratios: medians of each round's own; peak memory: beside the inputs, result included; "
-        f"error: the largest absolute one of a sample of rows against float64.{warning}{busyness(record)}"
+        f"error: the largest absolute one of a sample of rows against float64.{_once(results)}{busyness(record)}"
     )
+
+
+def _once(results: Sequence[Result]) -> str:
+    once = any(len(result.good) == 1 for result in results)
+    return " What was measured once is not to be trusted: times change from one round to the next." if once else ""
 
 
 def how_often(results: Sequence[Result]) -> str:
@@ -109,6 +118,42 @@ def busyness(record: Mapping[str, Any]) -> str:
         f" Other programs took {least} to {most} of the processors during a measurement ({median} in the median); load "
         f"average {record['load']} before, {record['load_after']} after."
     )
+
+
+def vae_report(record: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """Everything that `bench --vae` prints."""
+    ways = "; ".join(f"{way}: {words}" for way, words in WAYS.items() if any(it.peer == way for it in results))
+    legend = (
+        f"{ways}.\n\n{how_often(results)}ratios: medians of each round's own; processor: time of all threads together; "
+        f"peak memory: beside weights and input, result included; error: the largest absolute one of a picture of at "
+        f"most {CHECKED_SIDE}² against float64.{_once(results)}{busyness(record)}"
+    )
+    return "\n".join([heading(record), "", vae_table(results), "", legend, "", f"`{record['command']}`"])
+
+
+def vae_table(results: Sequence[Result]) -> str:
+    """Every way on every picture, beside the usual one where that was measured."""
+    notes = any(result.reason for result in results)
+    headings = ["half, picture", "way", "time", "spread", f"× {USUAL}", "processor", f"× {USUAL}"]
+    headings += ["peak memory", f"× {USUAL}", "error", *["note"] * notes]
+    rows, previous = [], None
+    for result in results:
+        usual = find(results, result.shape, USUAL)
+        row = [
+            "" if result.shape == previous else result.shape.label,
+            result.peer,
+            tables.seconds(result.seconds),
+            tables.spread(result.low, result.high),
+            tables.ratio(result.ratio_to(usual)),
+            tables.seconds(result.processor),
+            tables.ratio(result.processor_ratio_to(usual)),
+            tables.memory(result.peak_bytes),
+            tables.ratio(result.memory_ratio_to(usual)),
+            tables.error(result.error),
+        ]
+        rows.append(row + [tables.short(result.reason)] * notes)
+        previous = result.shape
+    return tables.table(headings, rows, left={"half, picture", "way", "note"})
 
 
 def growth_report(record: Mapping[str, Any], results: Sequence[Result]) -> str:

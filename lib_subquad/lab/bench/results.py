@@ -7,16 +7,17 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .measure import Measurement
-from .shapes import Shape
 
 
 @dataclass
 class Result:
-    """A peer on a shape: `rounds` holds one measurement a round, None where a round was broken off."""
+    """A peer on a shape, or a way on a picture: `rounds` holds one measurement a round, None where a round was broken
+    off."""
 
-    shape: Shape
+    shape: Any
     peer: str
     rounds: list[Measurement | None] = field(default_factory=list)
 
@@ -60,13 +61,25 @@ class Result:
     def gradient_error(self) -> float | None:
         return _worst(found.gradient_error for found in self.good)
 
+    @property
+    def processor(self) -> float | None:
+        return _median(found.processor for found in self.good)
+
     def ratio_to(self, other: Result | None) -> float | None:
         """The median of the rounds' ratios: the two stood side by side in each, so that load on the machine that comes
         and goes counts for both."""
+        return None if other is None else _median(one.seconds / two.seconds for one, two in self._beside(other))
+
+    def processor_ratio_to(self, other: Result | None) -> float | None:
+        """The same of processor time, to which waiting for other programs adds less."""
         if other is None:
             return None
-        pairs = [(one, two) for one, two in zip(self.rounds, other.rounds) if one and two]
-        return _median(one.seconds / two.seconds for one, two in pairs if not one.reason and not two.reason)
+        pairs = ((one.processor, two.processor) for one, two in self._beside(other))
+        return _median(one / two for one, two in pairs if one and two)
+
+    def _beside(self, other: Result) -> list[tuple[Measurement, Measurement]]:
+        pairs = ((one, two) for one, two in zip(self.rounds, other.rounds) if one and two)
+        return [(one, two) for one, two in pairs if not one.reason and not two.reason]
 
     def memory_ratio_to(self, other: Result | None) -> float | None:
         if other is None or self.peak_bytes is None or not other.peak_bytes:
@@ -78,6 +91,7 @@ class Result:
             "shape": dataclasses.asdict(self.shape),
             "peer": self.peer,
             "seconds": self.seconds,
+            "processor": self.processor,
             "peak_bytes": self.peak_bytes,
             "error": self.error,
             "reason": self.reason,
@@ -85,15 +99,15 @@ class Result:
         }
 
 
-def find(results: Iterable[Result], shape: Shape, peer: str) -> Result | None:
+def find(results: Iterable[Result], shape: Any, peer: str) -> Result | None:
     return next((result for result in results if result.shape == shape and result.peer == peer), None)
 
 
 def measure_interleaved(
-    shapes: Sequence[Shape],
+    shapes: Sequence[Any],
     peers: Sequence[str],
     repeats: int,
-    measure_one: Callable[[Shape, str], Measurement],
+    measure_one: Callable[[Any, str], Measurement],
     progress: Callable[[str | None], None],
     names: Callable[[str], str] = str,
 ) -> tuple[list[Result], bool]:

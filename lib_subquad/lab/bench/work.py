@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.ldm import CrossAttentionParts, cross_attention
+from ...plan import plan_problem
 from ...problem import Problem
 from . import reference
-from .peers import Attention, Peer, Unsupported
+from .peers import Attention, Peer, Unsupported, find
 from .shapes import Shape
 
 PEAKY = 5  # what queries and keys are multiplied by: most weights of the softmax then underflow
@@ -33,6 +34,25 @@ class Job:
     captured: str | None = None
     threads: int | None = None
 
+    @classmethod
+    def of(cls, question: dict[str, Any]) -> Job:
+        """That of which this is `dataclasses.asdict`."""
+        return cls(**{**question, "shape": Shape(**question["shape"])})
+
+    def work(self) -> Work:
+        """The work, with what its plan promised.
+
+        Raises:
+            Unsupported: the peer cannot do it.
+        """
+        problem, peer = self.problem(), find(self.peer)
+        work = WORK[self.mode](self, peer, peer.make(problem))
+        work.result_bytes = problem.output_bytes
+        if peer.settings is not None:
+            plan = plan_problem(problem, peer.settings)
+            work.promise = str(plan), plan.workspace_bytes
+        return work
+
     def problem(self) -> Problem:
         shape = self.shape
         query, key = ((shape.batch, shape.heads, tokens, shape.width) for tokens in (shape.queries, shape.keys))
@@ -48,9 +68,14 @@ Self = TypeVar("Self", bound="Inference")
 
 
 class Inference:
-    """Attention of three tensors. Called, it does the work and returns what came of it, for `keep`."""
+    """Attention of three tensors. Called, it does the work and returns what came of it, for `keep`.
+
+    `promise` is the plan in words and the workspace that it promised, where there is one.
+    """
 
     sample: Tensor
+    result_bytes: int
+    promise: tuple[str, int | None] = ("", None)
 
     def __init__(self, job: Job, peer: Peer, attend: Attention) -> None:
         self.attend = attend
@@ -117,6 +142,8 @@ class Layer:
     """The whole forward of ldm's CrossAttention: this library's own, or with another attention written in."""
 
     sample: Tensor
+    result_bytes: int
+    promise: tuple[str, int | None] = ("", None)
 
     def __init__(self, job: Job, peer: Peer, attend: Attention) -> None:
         shape, device, dtype = job.shape, torch.device(job.device), getattr(torch, job.dtype)

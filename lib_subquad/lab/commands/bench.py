@@ -1,4 +1,4 @@
-"""`python -m lib_subquad bench`: ways to compute attention, side by side, in one run.
+"""`python -m lib_subquad bench`: ways to compute attention, or the VAE, side by side, in one run.
 
 Every measurement is made in a process of its own; rounds of all peers alternate, and medians are shown.
 """
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...console import UserError
-from ..bench import overhead
+from ..bench import halves, overhead
 from ..bench.capture import capture
 from ..bench.peers import KERNELS, PEERS, REFERENCE, find
 from ..bench.plot import draw_bench
-from ..bench.report import heading, report
+from ..bench.report import heading, report, vae_report
 from ..bench.shapes import DEFAULT, SHAPE_HELP, Shape, parse_shape
 from ..bench.work import Job
 from ..explain import sizes
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "may be repeated (default: none)",
     )
     parser.add_argument(
+        "--ways",
+        type=_ways,
+        default=list(halves.WAYS),
+        metavar="A,B",
+        help=f"with --vae only these of {', '.join(halves.WAYS)} (default: all)",
+    )
+    parser.add_argument(
         "--against",
         action="append",
         metavar="PEER",
@@ -77,6 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--overhead", action="store_true", help="measure what a small call costs beside PyTorch's function, and no more"
+    )
+    what.add_argument(
+        "--vae",
+        action="append",
+        nargs="?",
+        type=argument(halves.parse_picture),
+        metavar="SIZE",
+        help="measure Stable Diffusion's VAE all at once and in bands: SIZE is "
+        f"{halves.PICTURE_HELP}; may be repeated (default: {', '.join(halves.DEFAULT)})",
     )
     what.add_argument(
         "--capture",
@@ -107,20 +123,46 @@ def run(args: argparse.Namespace) -> int:
     for name in against if args.against else ():
         if name not in names:
             raise UserError(f"--against {name}: it is not measured; expected one of {', '.join(names)}")
+    if args.vae:
+        return _run_vae(args)
     if args.shape and args.capture:
         raise UserError("--shape has no meaning with --capture: the model's own shapes are measured")
     files.check(args)
     mode = "training" if args.training else "layer" if args.layer else "attention"
-    about = {name: getattr(args, name) for name in ("scores", "repeats", "busy")}
+    about = {name: getattr(args, name) for name in ("scores", "repeats")}
     with tempfile.TemporaryDirectory(prefix="subquad_bench_") as folder:
         captured = _shapes(args, Path(folder))
 
         def job(shape: Shape, peer: str) -> Job:
             return Job(peer, shape, args.dtype, args.device, args.scores, mode, captured[shape], args.threads)
 
-        found = measuring.measured(args, list(captured), peers, job, **about, mode=mode)
+        found = measuring.measured(args, list(captured), peers, job, busy=args.busy, **about, mode=mode)
     title, text = heading(found.record), report(found.record, found.results, against)
     return measuring.tell(args, found, lambda: draw_bench(found.results, title), text)
+
+
+def _run_vae(args: argparse.Namespace) -> int:
+    if args.shape:
+        raise UserError("--shape has no meaning with --vae, which takes the size of a picture itself")
+    files.check(args)
+    named = [picture for picture in args.vae if picture is not None]
+    pictures = list(dict.fromkeys(named or map(halves.parse_picture, halves.DEFAULT)))
+
+    def job(picture: halves.Picture, way: str) -> halves.HalfJob:
+        return halves.HalfJob(way, picture, args.dtype, args.device, args.threads)
+
+    about = {"scores": "normal", "mode": "vae", "repeats": args.repeats}
+    found = measuring.measured(args, pictures, args.ways, job, busy=args.busy, names=str, **about)
+    title, text = heading(found.record), vae_report(found.record, found.results)
+    return measuring.tell(args, found, lambda: draw_bench(found.results, title), text)
+
+
+@argument
+def _ways(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names or not set(names) <= set(halves.WAYS):
+        raise ValueError(f"{text!r}; expected some of {', '.join(halves.WAYS)}")
+    return names
 
 
 def _shapes(args: argparse.Namespace, folder: Path) -> Mapping[Shape, str | None]:

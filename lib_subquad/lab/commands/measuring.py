@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import machine
+from ..bench.halves import HalfJob
 from ..bench.measure import Measurement, measure
 from ..bench.peers import PEERS, find
 from ..bench.report import others
 from ..bench.results import Result, measure_interleaved
-from ..bench.shapes import Shape
 from ..bench.work import Job
 from ..process import busy_programs
 from . import files
@@ -81,31 +81,31 @@ def command() -> str:
 
 def measured(
     arguments: argparse.Namespace,
-    shapes: Sequence[Shape],
+    shapes: Sequence[Any],
     peers: Sequence[str],
-    job: Callable[[Shape, str], Job],
+    job: Callable[[Any, str], Job | HalfJob],
     busy: int = 0,
+    names: Callable[[str], str] = lambda peer: find(peer).name,
     **about: object,
 ) -> Measured:
     """`job(shape, peer)` of every shape and peer, measured in rounds beside so many `busy` programs; `about` is what
-    the record says of it beside."""
+    the record says of it beside, `names` gives a peer's."""
     before = machine.environment(arguments.device, arguments.threads)
 
-    def measure_one(shape: Shape, peer: str) -> Measurement:
+    def measure_one(shape: Any, peer: str) -> Measurement:
         calm = None if arguments.calm is None else arguments.calm / 100
         return measure(job(shape, peer), arguments.timeout, calm)
 
     total = len(shapes) * len(peers) * arguments.repeats
     with busy_programs(busy), _progress_bar(total) as progress:
-        results, complete = measure_interleaved(
-            shapes, peers, arguments.repeats, measure_one, progress, lambda peer: find(peer).name
-        )
+        results, complete = measure_interleaved(shapes, peers, arguments.repeats, measure_one, progress, names)
     record = {
         "command": command(),
         **before,
         "others": others(results),
         "load_after": machine.load(),
         "dtype": arguments.dtype,
+        "busy": busy,
         **about,
         "results": [result.as_json() for result in results],
     }

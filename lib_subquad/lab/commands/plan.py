@@ -19,7 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = question.read(arguments)
     rows = asked.rows()
     print(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
-    print(tables.for_reading([row.cells() for row in rows], left={"Where", "Engine", "Why"}))
+    told = [*(row.cells() for row in rows), *(half.cells() for half in asked.halves())]
+    print(tables.for_reading(told, left={"Where", "Engine", "Why"}))
     print(f"\n{size_in_words(asked)}")
     for note in (*engine_in_words(asked.settings.engine, rows), *asked.notes):
         print(note)

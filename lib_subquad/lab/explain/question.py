@@ -12,7 +12,10 @@ from ...checkpoint import PROMPT_TOKENS, T5_TOKENS, AttentionLayer, Checkpoint
 from ...plan import plan_problem
 from ...problem import Problem
 from ...settings import Settings
+from ...steps import VaeStep
+from ...vae import plan_bands
 from . import sizes
+from .halves import COUNTS, Half, when
 from .rows import Row
 
 LARGEST_BATCH = 64
@@ -110,11 +113,29 @@ class Question:
         ]
         return sorted(rows, key=lambda row: row.problem.queries * row.problem.keys * row.problem.heads, reverse=True)
 
+    def halves(self) -> list[Half]:
+        """How the VAE's convolutions are computed, the decoder's first; nothing of what the checkpoint does not tell.
+
+        Whoever makes images without a picture to begin with needs no encoder; it takes less than the decoder.
+        """
+        width, height = self._computed_size
+        factor = self.checkpoint.latent_factor
+        asked = (
+            ("vae_decoder", self.checkpoint.decoder, height // factor, width // factor),
+            ("vae_encoder", self.checkpoint.encoder, height, width),
+        )
+        return [self._half(*half) for half in asked if half[1]]
+
+    def _half(self, part: str, steps: tuple[VaeStep, ...], height: int, width: int) -> Half:
+        made = plan_bands(steps, height, width, self.dtype, self.settings, free_bytes=self.free_bytes)
+        layers = sum(COUNTS.get(step.kind, 0) for step in steps)
+        return Half(part, layers, self._computed_size, made, self.limit_bytes, when(self.settings))
+
     def largest_image(self) -> tuple[int, int] | None:
         """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
 
         Multiples of `sizes.STEP`, at most `sizes.LARGEST_SIDE` and the model's own largest side. What the model needs
-        beside attention is not known here.
+        beside attention and the VAE is not known here.
         """
         most = self.checkpoint.largest_side or sizes.LARGEST_SIDE
         candidates = [size for size in sizes.in_proportion(self.width, self.height) if max(size) <= most]
@@ -127,8 +148,9 @@ class Question:
         return candidates[low - 1] if low else None
 
     def fits(self) -> bool:
-        """Whether every attention call of this size stays inside the memory limit, all that it holds included."""
-        return all(row.call_bytes <= self.limit_bytes for row in self.rows())
+        """Whether every attention call of this size stays inside the memory limit, all that it holds included, and so
+        does each half of the VAE, in bands if need be."""
+        return all(row.call_bytes <= self.limit_bytes for row in self.rows()) and all(it.fits for it in self.halves())
 
     @property
     def limit_bytes(self) -> int:

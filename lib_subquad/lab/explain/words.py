@@ -18,6 +18,7 @@ LOOKS = {
 SET_IN_VAIN = "The engine is set to {engine}, which computes nothing here: {why}."
 SET_FOR_SOME = "The engine is set to {engine}, which computes {count} of {layers} layers. For the others: {why}."
 REST = "The rest of the model needs memory as well."
+ONLY_ATTENTION = "The rest of the model needs memory as well, and so does the VAE, of which this file tells nothing."
 
 
 def size(width: int, height: int) -> str:
@@ -50,16 +51,19 @@ def engine_in_words(engine: str, rows: Sequence[Row]) -> list[str]:
 
 
 def size_in_words(question: Question, limit: str = "memory limit", strong: Callable[[str], str] = str) -> str:
-    """Whether attention of an image of this size fits, and the largest image of which it does, in sentences."""
+    """Whether attention and the VAE's decoder fit for an image of this size, and the largest image for which they do,
+    in sentences; of attention alone where the file tells of no decoder."""
     largest = question.largest_image()
+    what, stay = ("attention and decoding", "stay") if question.halves() else ("attention", "stays")
+    rest = REST if question.halves() else ONLY_ATTENTION
     if largest is None:
-        told = f"Not even the smallest image keeps its attention inside the {limit}."
+        told = f"Not even the smallest image keeps its {what} inside the {limit}."
     elif max(largest) >= sizes.LARGEST_SIDE:
-        told = f"Images of every size keep their attention inside the {limit}. {REST}"
+        told = f"Images of every size keep their {what} inside the {limit}. {rest}"
     else:
         told = (
-            f"Largest image in these proportions whose attention stays inside the {limit}: "
-            f"{strong(size(*largest))}. {REST}"
+            f"Largest image in these proportions whose {what} {stay} inside the {limit}: "
+            f"{strong(size(*largest))}. {rest}"
         )
     if not question.fits():
         told = f"{strong(f'An image of {size(question.width, question.height)} does not fit.')} {told}"
