@@ -315,7 +315,7 @@ def test_the_tab_offers_to_decode_what_waits(ours):
     from lib_subquad.webui import models, tab
 
     def shown():
-        return tab._look(models.LOADED, 64, 64, 1, None)[3:5]
+        return tab._look(models.LOADED, 64, 64, 1, None)[4:6]
 
     assert shown() == ["", tab._update({"visible": False})]
     lost(ours)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...settings import Settings
 from ...steps import CONVOLUTION, DOWN, LAST, RESIDUAL, UP
 from ...vae import BandPlan
 from ...vae.fallbacks import ALWAYS, NEVER
@@ -79,8 +78,3 @@ class Half:
             **sizes,
             "Why": "; ".join(self.reasons),
         }
-
-
-def when(settings: Settings) -> str:
-    """The setting of when the VAE is computed in bands."""
-    return str(settings.vae_bands)

@@ -15,7 +15,7 @@ from ...settings import Settings
 from ...steps import VaeStep
 from ...vae import plan_bands
 from . import sizes
-from .halves import COUNTS, Half, when
+from .halves import COUNTS, Half
 from .rows import Row
 
 LARGEST_BATCH = 64
@@ -129,7 +129,7 @@ class Question:
     def _half(self, part: str, steps: tuple[VaeStep, ...], height: int, width: int) -> Half:
         made = plan_bands(steps, height, width, self.dtype, self.settings, free_bytes=self.free_bytes)
         layers = sum(COUNTS.get(step.kind, 0) for step in steps)
-        return Half(part, layers, self._computed_size, made, self.limit_bytes, when(self.settings))
+        return Half(part, layers, self._computed_size, made, self.limit_bytes, self.settings.vae_bands)
 
     def largest_image(self) -> tuple[int, int] | None:
         """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
