@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -97,6 +98,27 @@ class Server:
             limit = pages * resource.getpagesize() + spare_bytes
         hard = resource.prlimit(self._process.pid, resource.RLIMIT_AS)[1]
         resource.prlimit(self._process.pid, resource.RLIMIT_AS, (limit, hard))
+
+    @contextlib.contextmanager
+    def shrinking(self, spare_bytes: int):
+        """As soon as its next image is all but sampled, it has no more to spare than this."""
+        done = threading.Event()
+
+        def watch():
+            while not done.is_set():
+                state = self.call("/sdapi/v1/progress?skip_current_image=true")["state"]
+                if state["sampling_steps"] and state["sampling_step"] >= state["sampling_steps"] - 1:
+                    return self.limit(spare_bytes)
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            self.limit(None)
 
     def options(self, **changed) -> dict:
         if changed:

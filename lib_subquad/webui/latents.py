@@ -24,7 +24,7 @@ _here: list[Path] = []  # those of this process, where there is no data folder
 
 
 @dataclass(frozen=True)
-class Kept:
+class Sampled:
     """Latents [images, channels, height, width] as the sampler left them, and what belongs to them.
 
     `checkpoint` is the title of the one that made them, `folder` where their images would be; `images` tells the
@@ -46,7 +46,7 @@ def keep(
 ) -> Path:
     """Write them to a file in the first of these folders that takes it, and note it in the data folder's list.
 
-    `checkpoint` and `images` are those of `Kept`.
+    `checkpoint` and `images` are those of `Sampled`.
 
     Raises:
         OSError: they can be written nowhere.
@@ -68,7 +68,7 @@ def keep(
     raise why
 
 
-def read(path: Path) -> Kept:
+def read(path: Path) -> Sampled:
     """What `keep` wrote.
 
     Raises:
@@ -84,7 +84,7 @@ def read(path: Path) -> Kept:
             raise ValueError("it is of another version")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} cannot be read: {first_line(error)}.") from error
-    return Kept(latents, told.get("checkpoint", ""), path.parent, images)
+    return Sampled(latents, told.get("checkpoint", ""), path.parent, images)
 
 
 def waiting(data_folder: Path | None) -> list[Path]:

@@ -66,9 +66,9 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 measure = _button("measure")
                 cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
             message = gr.HTML(elem_id="subquad_message")
-            kept = gr.HTML(elem_id="subquad_kept")
-            decode = _button("decode", visible=False)
-            decoded = gr.HTML(elem_id="subquad_decoded")
+            with gr.Column(visible=False) as rescue:
+                kept = gr.HTML(elem_id="subquad_kept")
+                decode = _button("decode")
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -88,7 +88,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
 
     question = [checkpoint, width, height, batch]
     buttons = [measure, cancel, apply, undo]
-    looked = [sentence, status_line, details, findings, kept, decode, *buttons, shown]
+    looked = [sentence, status_line, details, findings, kept, rescue, *buttons, shown]
     quietly = {"queue": False, "show_progress": "hidden"}
     with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
 
@@ -122,7 +122,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done = on(button.click, _and_tell(action), given, [told, payload])
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
-        then_look(on(decode.click, _decode, None, [decoded], {} if with_queue else {"queue": False}))
+        then_look(on(decode.click, _decode, None, [message], {} if with_queue else {"queue": False}))
         opened = [*question, run, adopted, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
         show = _answering(_open, len(looked) + 5)

@@ -6,8 +6,6 @@ import base64
 import contextlib
 import io
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -106,7 +104,7 @@ def test_with_little_memory_the_image_is_made_that_others_lose(cramped, mib):
 def test_what_cannot_be_decoded_is_kept_and_decoded_later(cramped, webui):
     """The limit is lowered when all is sampled."""
     server, expected = cramped
-    with webui_that_shrinks(server):
+    with server.shrinking(48 * MIB):
         code, answer = asked(server)
     assert code == 500 and "What was sampled is kept in" in answer and "the tab Attention decodes it" in answer
     (path,) = webui.data.rglob("subquad-latent-*.safetensors")
@@ -120,25 +118,3 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(cramped, webui):
     assert apart(np.asarray(image.convert("RGB"), dtype=int), expected) <= FARTHEST
     assert "a cat" in image.info["parameters"] and "Seed: 1" in image.info["parameters"]
     assert server.call("/subquad/v1/kept") == {"waiting": []}
-
-
-@contextlib.contextmanager
-def webui_that_shrinks(server):
-    """As soon as it decodes, it has no memory to spare."""
-    done = threading.Event()
-
-    def watch():
-        while not done.is_set():
-            state = server.call("/sdapi/v1/progress?skip_current_image=true")["state"]
-            if state["sampling_steps"] and state["sampling_step"] >= state["sampling_steps"] - 1:
-                return server.limit(48 * MIB)
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        server.limit(None)
