@@ -31,6 +31,7 @@ def as_it_fits(
     settings: Settings = Settings(),
     forward: Callable[..., Any] | None = None,
     free_bytes: int | None = None,
+    processor: bool = True,
     interrupted: Callable[[], bool] = bool,
     progress: Progress | None = None,
     report: Report | None = None,
@@ -44,6 +45,8 @@ def as_it_fits(
     Args:
         half, x, settings, forward, free_bytes, interrupted, progress: as `in_bands` takes them.
         own: the half's own way, from `x` to its result.
+        processor: whether it may go there for a card. The half's parameters are others meanwhile, and whoever calls it
+            from another thread finds them.
         report: told the plan of bands that was carried out, with `ON_PROCESSOR` among its reasons if it was there;
             nothing of the half's own way.
 
@@ -65,7 +68,7 @@ def as_it_fits(
     ways = [banded]
     if settings.vae_bands != ALWAYS and _seems_to_fit(half, x, settings, forward, free_bytes):
         ways.insert(0, lambda: own(x))
-    if x.device.type != "cpu":
+    if processor and x.device.type != "cpu":
         ways.append(lambda: _on_processor(half, x, report, **how))
     while True:
         way = ways.pop(0)

@@ -30,15 +30,19 @@ def decode_all() -> tuple[list[Path], list[str]]:
     made, told = [], []
     try:
         host().prepare()
-        for path in files:
-            try:
-                images = _decoded(path)
-            except Exception as error:  # of any web UI, with any model
-                told.append(_why_not(path, error))
-                continue
-            made += images
-            told.append(str(Said(words.DECODED, file=path.name, images=", ".join(map(str, images)))))
-            say(f"[subquad] {told[-1]}")
+        with host().job("subquad"):
+            for path in files:
+                try:
+                    images = _decoded(path)
+                except Interrupted:
+                    told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
+                    break
+                except Exception as error:  # of any web UI, with any model
+                    told.append(_why_not(path, error))
+                    continue
+                made += images
+                told.append(str(Said(words.DECODED, file=path.name, images=", ".join(map(str, images)))))
+                say(f"[subquad] {told[-1]}")
     finally:
         try:
             devices.release_cached(host().device())
@@ -49,8 +53,7 @@ def decode_all() -> tuple[list[Path], list[str]]:
 
 def _decoded(path: Path) -> list[Path]:
     kept = latents.read(path)
-    if kept.checkpoint and kept.checkpoint != host().checkpoint_of(host().model()):
-        raise UserError(str(Said(words.OTHER_CHECKPOINT, checkpoint=kept.checkpoint)))
+    host().make_ready(kept.made_by)
     pictures = host().decode(kept.latents)
     images = [host().save_image(picture, kept.folder, told) for picture, told in zip(pictures, kept.images)]
     latents.done(path, host().data_folder())
@@ -58,8 +61,6 @@ def _decoded(path: Path) -> list[Path]:
 
 
 def _why_not(path: Path, error: Exception) -> str:
-    if isinstance(error, Interrupted):
-        return str(Said(words.DECODING_INTERRUPTED, file=path.name))
     if isinstance(error, UserError):
         return str(Said(words.NOT_DECODED, file=path.name, why=error))
     why = words.STILL_TOO_LITTLE if devices.is_out_of_memory(error) else f"{in_a_line(error)}."

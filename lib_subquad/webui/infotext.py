@@ -13,7 +13,7 @@ from .hosts import host
 RETRIES = "Subquad retries"
 MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
-DECODED = "Subquad VAE decoded"  # in bands, or on the processor: last bits differ
+BANDS = "Subquad VAE computed"  # in bands, or on the processor: last bits differ
 COMPUTED = "Subquad computed"  # all engines that computed an image for which one was set that did not do it alone
 
 _said: set[str] = set()
@@ -22,7 +22,7 @@ _said: set[str] = set()
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
     # What was said of the image before: the cells of a grid share their parameters.
-    for name in (RETRIES, RERUNS, MEASURED, DECODED, COMPUTED, *options.INFOTEXT.values()):
+    for name in (RETRIES, RERUNS, MEASURED, BANDS, COMPUTED, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
     status.begin(_images(p), host().settings().engine)
     host().begin(p)
@@ -69,7 +69,7 @@ def finish_batch(p) -> None:
     if seen.reruns:
         p.extra_generation_params[RERUNS] = seen.reruns
     if seen.bands is not None:
-        p.extra_generation_params[DECODED] = "on the processor" if seen.on_processor else "in bands"
+        p.extra_generation_params[BANDS] = "on the processor" if seen.on_processor else "in bands"
     if instead := status.instead(seen):
         _tell_who_computed(p, seen)
         if instead not in _said:

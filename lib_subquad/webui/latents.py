@@ -27,31 +27,33 @@ _here: list[Path] = []  # those of this process, where there is no data folder
 class Sampled:
     """Latents [images, channels, height, width] as the sampler left them, and what belongs to them.
 
-    `checkpoint` is the title of the one that made them, `folder` where their images would be; `images` tells the
-    infotext, seed and prompt of each.
+    `made_by` tells what they are to be decoded with, as the web UI names it; `folder` is where their images would be;
+    `images` tells the infotext, seed and prompt of each.
     """
 
     latents: Tensor
-    checkpoint: str
+    made_by: dict[str, object]
     folder: Path
     images: tuple[dict[str, object], ...]
 
 
 def keep(
     latents: Tensor,
-    checkpoint: str,
+    made_by: Mapping[str, object],
     images: Sequence[Mapping[str, object]],
     folders: Iterable[Path],
     data_folder: Path | None,
 ) -> Path:
     """Write them to a file in the first of these folders that takes it, and note it in the data folder's list.
 
-    `checkpoint` and `images` are those of `Sampled`.
+    `made_by` and `images` are those of `Sampled`.
 
     Raises:
         OSError: they can be written nowhere.
     """
-    told = {FORMAT: "1", "checkpoint": checkpoint, "images": json.dumps(images)}
+    if latents.dim() != 4:
+        raise ValueError("it is of no kind that can be decoded later")
+    told = {FORMAT: "1", "made_by": json.dumps(made_by, default=str), "images": json.dumps(images, default=str)}
     content = save({LATENTS: latents.detach().to("cpu").contiguous()}, told)
     now = time.strftime("%Y%m%d-%H%M%S")
     why = OSError("there is no folder")
@@ -80,11 +82,12 @@ def read(path: Path) -> Sampled:
         images = tuple(
             {name: it.get(name) for name in ("infotext", "seed", "prompt")} for it in json.loads(told["images"])
         )
-        if told[FORMAT] != "1" or latents.dim() != 4 or len(latents) != len(images):
+        made_by = json.loads(told["made_by"])
+        if told[FORMAT] != "1" or not isinstance(made_by, dict) or latents.dim() != 4 or len(latents) != len(images):
             raise ValueError("it is of another version")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} cannot be read: {first_line(error)}.") from error
-    return Sampled(latents, told.get("checkpoint", ""), path.parent, images)
+    return Sampled(latents, made_by, path.parent, images)
 
 
 def waiting(data_folder: Path | None) -> list[Path]:

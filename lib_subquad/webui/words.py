@@ -143,7 +143,6 @@ DECODE_LATER = "An image is being made: decode when it is done."
 DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."
 NOT_DECODED = "{file} is not decoded, and stays where it is: {why}"
 DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
-OTHER_CHECKPOINT = "It was made with {checkpoint}. Choose that checkpoint, then decode."
 STILL_TOO_LITTLE = "There is still too little memory. Close other programs that use it, then decode."
 
 TERMS = {

@@ -40,12 +40,14 @@ def ours(loaded, tmp_path, monkeypatch):
     from modules import shared
 
     from demo.generate import generate
+    from lib_subquad import vae
     from lib_subquad.webui import decoding, latents
     from lib_subquad.webui.hosts import host
 
     loaded.select("subquad")
     monkeypatch.setattr(type(shared.opts), "outdir_samples", str(tmp_path / "images"), raising=False)
     monkeypatch.setattr(type(host()), "data_folder", lambda self: tmp_path)
+    loaded.vae = vae
     loaded.folder, loaded.host, loaded.decoding, loaded.latents = tmp_path, host(), decoding, latents
     loaded.generate = lambda **request: generate("a cat", **{**SIZE, **request})
     return loaded
@@ -63,7 +65,7 @@ def apart(one, other) -> int:
 @pytest.mark.parametrize("bands", ["always", "when needed"])
 def test_bands_make_the_same_image_and_the_infotext_tells(ours, bands):
     expected = ours.generate(override_settings={"subquad_vae_bands": "never"})
-    assert "Subquad VAE bands: never" in expected.infotext and "decoded" not in expected.infotext
+    assert "Subquad VAE bands: never" in expected.infotext and "computed: in" not in expected.infotext
     if bands == "always":
         made = ours.generate(override_settings={"subquad_vae_bands": "always"})
         assert "Subquad VAE bands: always" in made.infotext
@@ -71,7 +73,7 @@ def test_bands_make_the_same_image_and_the_infotext_tells(ours, bands):
         with NoRoom(rows=40):
             made = ours.generate()
     assert apart(made, expected) <= 1
-    assert "Subquad VAE decoded: in bands" in made.infotext
+    assert "Subquad VAE computed: in bands" in made.infotext
     assert "The VAE: bands of" in ours.status.summary()
     assert "Subquad" not in ours.generate().infotext and "bands" not in ours.status.summary()
 
@@ -141,16 +143,18 @@ def test_the_infotext_comes_along(ours, monkeypatch):
     class Request(SimpleNamespace):
         pass
 
-    monkeypatch.setattr(processing, "create_infotext", lambda p, *_, index, **__: f"infotext {p.seeds[index]}")
-    p = Request(seeds=[7, 8], prompts=["a", "b"], subseeds=[0, 0], negative_prompts=["", ""])
+    monkeypatch.setattr(processing, "create_infotext", lambda p, prompts, *_, index: f"{prompts[index]}, infotext")
+    prompts = ["x <lora:x:1>", "y", "a <lora:it:1>", "b"]
+    p = Request(all_seeds=[5, 6, 7, 8], all_prompts=prompts, all_subseeds=[0] * 4, iteration=1, batch_size=2)
+    p.prompts = ["a", "b"]  # without what names a LoRA
     ours.host.begin(p)
     p.extra_generation_params = {}
     model = ours.host.model()
     with pytest.raises(RuntimeError), NoRoom(above=0):
         processing.decode_latent_batch(model, torch.randn(2, 4, 8, 8))
-    del p
+    ours.host.begin(None)
     images, _ = ours.decoding.decode_all()
-    assert [Image.open(it).info["parameters"] for it in images] == ["infotext 7", "infotext 8"]
+    assert [Image.open(it).info["parameters"] for it in images] == ["a <lora:it:1>, infotext", "b, infotext"]
     assert [it.stem.split("-")[1] for it in images] == ["7", "8"]
 
 
@@ -210,7 +214,7 @@ def test_a_list_that_is_broken_is_no_list(ours, content):
 def test_where_no_folder_takes_it_the_next_one_does(ours, monkeypatch):
     (ours.folder / "images").write_text("a file", encoding="utf-8")
     lost(ours)
-    assert [it.parent for it in kept(ours)] == [ours.folder]
+    assert [it.parent for it in kept(ours)] == [ours.folder / "subquad-latents"]
     monkeypatch.setattr(type(ours.host), "images_folders", lambda self: [ours.folder / "images" / "more"])
     assert "What was sampled could not be kept: " in lost(ours)
 
@@ -229,10 +233,129 @@ def test_an_interrupt_ends_the_decoding_and_keeps_what_was_sampled(ours, monkeyp
     made = ours.generate(override_settings={"subquad_vae_bands": "always"})
     assert pixels(made).shape == pixels(expected).shape and apart(made, expected) > 20
     assert "Decoding was interrupted" in capsys.readouterr().out
+    assert len(kept(ours)) == 1 and ours.decoding.waiting() == kept(ours)
     monkeypatch.undo()
     shared.state.interrupted = True  # before it begins
     assert apart(ours.generate(override_settings={"subquad_vae_bands": "always"}), expected) <= 1
     shared.state.interrupted = False
+
+
+def batch_decoded(ours, monkeypatch, stop_at):
+    """A batch of three of which decoding is interrupted at this image: (pictures, the latents)."""
+    from modules import processing
+
+    begun, latents = [], torch.randn(3, 4, 8, 8)
+    as_it_fits = ours.vae.as_it_fits
+
+    def counted(half, x, own, **how):
+        begun.append(x)
+        return as_it_fits(half, x, own, **how)
+
+    monkeypatch.setattr(ours.vae, "as_it_fits", counted)
+    monkeypatch.setattr(type(ours.host), "interrupted", lambda self: len(begun) > stop_at)
+    ours.opts.subquad_vae_bands = "always"
+    with torch.no_grad():
+        made = processing.decode_latent_batch(ours.host.model(), latents, target_device=torch.device("cpu"))
+    ours.opts.subquad_vae_bands = "when needed"
+    monkeypatch.setattr(type(ours.host), "interrupted", lambda self: False)
+    return made, latents
+
+
+def test_what_was_done_of_a_batch_is_done(ours, monkeypatch):
+    from safetensors.torch import load_file
+
+    made, latents = batch_decoded(ours, monkeypatch, stop_at=1)
+    with torch.no_grad():
+        expected = ours.host.model().decode(latents) * 2 - 1
+    assert len(made) == 3 and {it.shape for it in made} == {(3, 64, 64)}
+    assert torch.allclose(made[0], expected[0], atol=1e-3) and not torch.allclose(made[1], expected[1], atol=0.1)
+    (path,) = kept(ours)
+    assert torch.equal(load_file(path)["latents"], latents[1:])
+
+
+def test_what_is_decoded_again_waits_no_more(ours, monkeypatch):
+    """As hires fix does it after an interrupt in its first pass."""
+    from modules import processing
+
+    _, latents = batch_decoded(ours, monkeypatch, stop_at=0)
+    assert len(ours.decoding.waiting()) == 1
+    with torch.no_grad():
+        processing.decode_latent_batch(ours.host.model(), latents)
+    assert ours.decoding.waiting() == kept(ours) == [] and "kept" not in ours.status.summary()
+
+
+def test_an_interrupt_that_is_over_ends_nothing_and_a_new_one_ends_all(ours, monkeypatch):
+    from modules import shared
+
+    for seed in (1, 2, 3):
+        lost(ours, seed=seed)
+    shared.state.interrupted = True
+    ours.opts.subquad_vae_bands = "always"
+    done, as_it_fits = [], ours.vae.as_it_fits
+
+    def interrupted_in_the_second(half, x, own, **how):
+        assert not shared.state.interrupted
+        shared.state.interrupted = len(done) == 1
+        done.append(None)
+        how["interrupted"] = lambda: shared.state.interrupted
+        return as_it_fits(half, x, own, **how)
+
+    monkeypatch.setattr(ours.vae, "as_it_fits", interrupted_in_the_second)
+    images, told = ours.decoding.decode_all()
+    assert len(images) == 1 and len(told) == len(done) == 2 and "was interrupted" in told[1]
+    assert len(ours.decoding.waiting()) == 2
+    shared.state.interrupted, ours.opts.subquad_vae_bands = False, "when needed"
+
+
+def test_images_that_are_not_saved_leave_nothing_among_those_that_are(ours, monkeypatch):
+    monkeypatch.setattr(type(ours.opts), "samples_save", False, raising=False)
+    monkeypatch.setattr(type(ours.opts), "enable_pnginfo", False, raising=False)
+    lost(ours)
+    (path,) = kept(ours)
+    assert path.parent == ours.folder / "subquad-latents" and b"a cat" not in path.read_bytes()
+    ((image,), _) = ours.decoding.decode_all()
+    assert image.parent == path.parent
+
+
+def test_tiling_and_another_vae_are_remembered(ours, monkeypatch):
+    import sys
+    from types import ModuleType
+
+    from modules import processing, sd_hijack
+
+    set_to, now = [], ["one.vae"]
+    hijack = SimpleNamespace(apply_circular=set_to.append)
+    monkeypatch.setattr(sd_hijack, "model_hijack", hijack, raising=False)
+    sd_vae = ModuleType("modules.sd_vae")
+    sd_vae.get_loaded_vae_name = lambda: now[0]
+    monkeypatch.setitem(sys.modules, "modules.sd_vae", sd_vae)
+
+    class Request(SimpleNamespace):
+        pass
+
+    p = Request(tiling=True, sd_vae_name="one.vae")
+    ours.host.begin(p)
+    with pytest.raises(RuntimeError), NoRoom(above=0):
+        processing.decode_latent_batch(ours.host.model(), torch.randn(1, 4, 8, 8))
+    now[0] = None
+    _, (told,) = ours.decoding.decode_all()
+    assert "Its VAE was one.vae, and now it is the checkpoint's own. Choose that VAE, then decode." in told
+    assert set_to == []
+    now[0] = "one.vae"
+    assert len(ours.decoding.decode_all()[0]) == 1 and set_to == [True]
+
+
+def test_whatever_keeps_it_from_being_kept_hides_no_error(ours, monkeypatch):
+    monkeypatch.setattr(ours.latents, "save", lambda *_: 1 / 0)
+    said = lost(ours)
+    assert OUT_OF_MEMORY in said and "What was sampled could not be kept: ZeroDivisionError" in said
+    assert not kept(ours)
+
+
+def test_a_web_ui_without_us_in_force_decodes_what_waits(ours):
+    lost(ours)
+    ours.select("sdp")
+    assert len(ours.decoding.decode_all()[0]) == 1
 
 
 def test_how_far_it_is_is_shown_and_gone_afterwards(ours, monkeypatch):

@@ -175,6 +175,13 @@ def test_the_processor_goes_on_for_a_card(card, caplog, name, dtype):
     assert caplog.records[-1].message == f"[subquad] out of memory in the VAE: going on {fallbacks.ON_PROCESSOR}"
 
 
+def test_the_processor_can_be_left_out(card):
+    there = half("decoder").to(card)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as raised, NoRoom():
+        computed(there, given("decoder").to(card), free_bytes=ROOMY, processor=False)
+    assert halves.SMALLEST in str(raised.value)
+
+
 def test_where_that_has_no_memory_either_all_is_as_it_was(card):
     there = half("decoder").to(card)
     with pytest.raises(RuntimeError, match="can't allocate memory"), NoRoom(but=20):

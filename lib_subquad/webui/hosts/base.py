@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from .. import options
 from ..status import Reach, Standing
 from .vae import Vae
 
+UNSAVED = "subquad-latents"  # within the data folder, for what was made of requests whose images are not saved
 VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
 
 
@@ -169,11 +170,16 @@ class Host:
         return before
 
     def images_folders(self) -> list[Path]:
-        """Where the last request's images go, and where something may be written if that is nowhere."""
-        named = getattr(self._request(), "outpath_samples", "") or getattr(shared.opts, "outdir_samples", "")
+        """Where the last request's images go, if they are saved; and where something may be written otherwise."""
+        p, folders = self._request(), []
+        named = getattr(p, "outpath_samples", "") or getattr(shared.opts, "outdir_samples", "")
         named = named or getattr(shared.opts, "outdir_txt2img_samples", "")
-        folders = [Path(str(named)).absolute() / self._subfolder()] if named else []
-        return [*folders, *filter(None, [self.data_folder()]), Path(tempfile.gettempdir())]
+        saved = getattr(shared.opts, "samples_save", True) and not getattr(p, "do_not_save_samples", False)
+        if named and saved:
+            folders.append(Path(str(named)).absolute() / self._subfolder())
+        if (data := self.data_folder()) is not None:
+            folders.append(data / UNSAVED)
+        return [*folders, Path(tempfile.gettempdir())]
 
     def _subfolder(self) -> str:
         """Within the folder of images, as the web UI's pattern has it."""
@@ -189,9 +195,12 @@ class Host:
         """The infotext, seed and prompt of an image of the last request's batch; None where it does not tell."""
         p, told = self._request(), {"infotext": None, "seed": None, "prompt": None}
         with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
-            told |= {"seed": p.seeds[index], "prompt": p.prompts[index]}
-            how = {"index": index, "all_negative_prompts": p.negative_prompts}
-            told["infotext"] = module("processing").create_infotext(p, p.prompts, p.seeds, p.subseeds, **how)
+            # Those of all batches: what names a LoRA is taken out of this batch's prompts while it is made.
+            index += getattr(p, "iteration", 0) * p.batch_size
+            told["seed"] = p.all_seeds[index]
+            if getattr(shared.opts, "enable_pnginfo", True):
+                told["prompt"], given = p.all_prompts[index], (p.all_prompts, p.all_seeds, p.all_subseeds)
+                told["infotext"] = module("processing").create_infotext(p, *given, index=index)
         return told
 
     def model(self) -> object:
@@ -203,11 +212,64 @@ class Host:
         info = getattr(model, "sd_checkpoint_info", None)
         return str(getattr(info, "name", "") or getattr(info, "title", ""))
 
+    def made_by(self, model: object) -> dict[str, object]:
+        """What this request's pictures are decoded with: checkpoint, VAE, and whether their edges meet."""
+        p, names = self._request(), {"vae": "sd_vae_name", "tiling": "tiling"}
+        told = {key: getattr(p, name) for key, name in names.items() if hasattr(p, name)}
+        return {"checkpoint": self.checkpoint_of(model), **told}
+
+    def make_ready(self, made_by: Mapping[str, object]) -> None:
+        """Load and set what these pictures are to be decoded with, as far as the user has chosen it.
+
+        Raises:
+            UserError: something else is chosen.
+        """
+        if (wanted := made_by.get("checkpoint")) and wanted != self.checkpoint_of(self.model()):
+            self.load_chosen()
+            if wanted != self.checkpoint_of(self.model()):
+                raise UserError(f"It was made with {wanted}.", "Choose that checkpoint, then decode.")
+        named = getattr(module("sd_vae"), "get_loaded_vae_name", None)
+        if callable(named) and "vae" in made_by and made_by["vae"] != (loaded := named()):
+            was, now = (name or "the checkpoint's own" for name in (made_by["vae"], loaded))
+            raise UserError(f"Its VAE was {was}, and now it is {now}.", "Choose that VAE, then decode.")
+        if "tiling" in made_by:
+            self.set_tiling(made_by["tiling"])
+
+    def load_chosen(self) -> None:
+        """Load the checkpoint that the settings name, where another one is in memory, as a refiner is."""
+        load = getattr(module("sd_models"), "reload_model_weights", None)
+        if callable(load):
+            load()
+
+    def set_tiling(self, tiling: object) -> None:
+        """Whether edges meet. The web UI sets it anew for each request."""
+        processing, hijack = module("processing"), getattr(module("sd_hijack"), "model_hijack", None)
+        if callable(apply := getattr(processing, "apply_circular_forge", None)):
+            apply(self.model(), tiling)
+        elif callable(apply := getattr(hijack, "apply_circular", None)):
+            apply(tiling)
+
+    @contextlib.contextmanager
+    def job(self, name: str) -> Iterator[None]:
+        """Work of ours, as the web UI does its own: whoever interrupts means this, and not what was before."""
+        state = getattr(shared, "state", None)
+        begin, end = (getattr(state, it, None) for it in ("begin", "end"))
+        if callable(begin):
+            begin(job=name)
+        for flag in ("interrupted", "skipped"):
+            if hasattr(state, flag):
+                setattr(state, flag, False)
+        try:
+            yield
+        finally:
+            if callable(end):
+                end()
+
     def decode(self, latents: torch.Tensor) -> list[torch.Tensor]:
         """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
 
         Raises:
-            UserError: this web UI shows no way to.
+            UserError: this web UI shows no way to, or decodes by an approximation.
             Interrupted: the user has had enough of it.
             RuntimeError: the device's own out-of-memory.
         """
@@ -215,6 +277,8 @@ class Host:
             raise UserError("This web UI shows no way to decode.")
         with torch.no_grad():
             made = self.vae.decode(self.model(), latents.to(self.device()), target_device=torch.device("cpu"))
+        if made[0].shape[-1] <= latents.shape[-1]:
+            raise UserError("This web UI made no more of it than a preview.")
         return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
 
     def save_image(self, picture: torch.Tensor, folder: Path, told: Mapping[str, object]) -> Path:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ... import device as devices
 from ... import retry, vae
-from ...console import first_line, say
+from ...console import in_a_line, say
 from .. import latents, status
 from .hooks import Hook
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 HALVES = ("Decoder", "Encoder", "VAEDecoder", "VAEEncoder")
 DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled to pictures
 PIXELS = 8  # of a latent, in each direction
-CHEAP = 2  # the web UI's number for the approximation that takes no model
+_NOTHING: tuple[Callable[[], object], Path | None] = (lambda: None, None)
 
 # Whether this thread makes pictures to be kept, and not a preview or what another extension wants for itself.
 _makes_pictures: ContextVar[bool] = ContextVar("subquad_makes_pictures", default=False)
@@ -41,6 +43,7 @@ class Vae:
         self._host, self._serves = host, serves
         self._halves: dict[type, Hook] = {}
         self._decode: Hook | None = None
+        self._kept = _NOTHING  # the tensor that was kept last, and where
 
     def apply(self) -> None:
         self._find()
@@ -89,13 +92,15 @@ class Vae:
         own = functools.partial(hook.step_aside, half)
         if args or kwargs or not self._serves():
             return own(x, *args, **kwargs)
-        how = {"settings": self._host.settings(), "forward": hook.beneath, "report": status.record_bands}
-        if not _makes_pictures.get():
-            return vae.as_it_fits(half, x, own, **how)
+        how = {"settings": self._host.settings(), "forward": hook.beneath}
+        if half_encodes(half):
+            return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
+        if not _makes_pictures.get():  # a preview may come from another thread, while this one decodes
+            return vae.as_it_fits(half, x, own, processor=False, **how)
         cut_short = self._host.interrupted()  # before it began: what there is of it is decoded all the same
         with self._announcing() as progress:
             how |= {"interrupted": lambda: not cut_short and self._host.interrupted(), "progress": progress}
-            return vae.as_it_fits(half, x, own, **how)
+            return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
 
     @contextlib.contextmanager
     def _announcing(self) -> Iterator[Callable[[float], None]]:
@@ -114,21 +119,39 @@ class Vae:
 
     def _pictures(self, model, batch, *args, **kwargs):
         """What the web UI makes of what was sampled. What cannot be decoded, or is not to be waited for, is kept."""
-        if not (self._serves() and isinstance(batch, Tensor)):
+        if _makes_pictures.get() or not (self._serves() and isinstance(batch, Tensor)):
             return self._decode.step_aside(model, batch, *args, **kwargs)
-        try:
-            return self.decode(model, batch, *args, **kwargs)
-        except vae.Interrupted:
-            self._keep(model, batch, "Decoding was interrupted, and images are sketches.")
-            return _sketches(batch, *args, **kwargs)
-        except Exception as error:
-            if self._host.settings().retry and devices.is_out_of_memory(error):
-                retry.add_line(error, self._keep(model, batch, "There is too little memory to decode the image."))
-            raise
+        made = []
+        for start, entries in _entries(batch):  # what is done stays, when the user interrupts what comes next
+            try:
+                made.append(self.decode(model, entries, *args, **kwargs))
+            except vae.Interrupted:
+                self._keep(model, batch, "Decoding was interrupted: what was not done is a sketch.", start)
+                made.append(_sketches(batch[start:], *args, **kwargs))
+                break
+            except Exception as error:
+                if self._host.settings().retry and devices.is_out_of_memory(error):
+                    retry.add_line(error, self._keep(model, batch, "There is too little memory to decode the image."))
+                raise
+        else:
+            self._decoded_after_all(batch)
+        pictures, *others = made
+        for more in others:
+            pictures.extend(more)
+        return pictures
+
+    def _decoded_after_all(self, batch: Tensor) -> None:
+        """A web UI may decode again what was interrupted in its first pass: then nothing waits."""
+        tensor, path = self._kept
+        if path is not None and tensor() is batch:
+            latents.done(path, self._host.data_folder())
+            path.unlink(missing_ok=True)
+            status.kept("")
+            self._kept = _NOTHING
 
     @property
     def can_decode(self) -> bool:
-        return self._decode is not None
+        return hasattr(sys.modules.get("modules.processing"), DECODE)
 
     def decode(self, model, batch, *args, **kwargs):
         """As the web UI does it, told how far it is.
@@ -139,33 +162,45 @@ class Vae:
         """
         token = _makes_pictures.set(True)
         try:
-            return self._decode.step_aside(model, batch, *args, **kwargs)
+            return getattr(sys.modules["modules.processing"], DECODE)(model, batch, *args, **kwargs)
         finally:
             _makes_pictures.reset(token)
 
-    def _keep(self, model, batch: Tensor, why: str) -> str:
-        """Keep what was sampled: a sentence that says where."""
+    def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
+        """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
         try:
-            of_images = [self._host.told(index) for index in range(len(batch))]
-            folders, data = self._host.images_folders(), self._host.data_folder()
-            path = latents.keep(batch, self._host.checkpoint_of(model), of_images, folders, data)
+            data, images = self._host.data_folder(), [self._host.told(index) for index in range(first, len(batch))]
+            how = self._host.made_by(model), images, self._host.images_folders(), data
+            path = latents.keep(batch[first:], *how)
+            self._kept = weakref.ref(batch), path
             told = f"{why} What was sampled is kept in {path}; the button on the tab Attention decodes it."
-        except (OSError, RuntimeError) as error:
-            told = f"{why} What was sampled could not be kept: {first_line(error)}"
+        except Exception as error:  # the host's own error is to come through, whatever this one is
+            told = f"{why} What was sampled could not be kept: {in_a_line(error)}"
         say(f"[subquad] {told}")
         status.kept(told)
         return told
 
 
+def half_encodes(half) -> bool:
+    return "Encoder" in type(half).__name__
+
+
+def _entries(batch: Tensor) -> list[tuple[int, Tensor]]:
+    """One image after the other: (its number, its part of the batch)."""
+    if batch.dim() != 4 or len(batch) < 2:
+        return [(0, batch)]
+    return [(start, batch[start : start + 1]) for start in range(len(batch))]
+
+
 def _sketches(batch: Tensor, target_device: torch.device | None = None, *_, **__):
     """Pictures in the colours of what was sampled, as live previews show them, in the size of those to be."""
-    processing, common = sys.modules["modules.processing"], sys.modules.get("modules.sd_samplers_common")
+    processing, approximation = sys.modules["modules.processing"], sys.modules.get("modules.sd_vae_approx")
     batch = batch.detach().float()
     try:
-        pictures = common.samples_to_images_tensor(batch, CHEAP)
-    except Exception:  # more channels than the approximation knows
+        pictures = approximation.cheap_approximation(batch).float()
+    except Exception:  # more channels than it knows
         pictures = batch.new_zeros(len(batch), 3, *batch.shape[2:])
-    pictures = torch.nn.functional.interpolate(pictures.float(), scale_factor=PIXELS)
+    pictures = torch.nn.functional.interpolate(pictures, size=[PIXELS * side for side in batch.shape[2:]])
     made = getattr(processing, "DecodedSamples", list)()
     made.extend(pictures.to(target_device or pictures.device))
     return made
