@@ -198,12 +198,12 @@ def test_where_attention_is_what_does_not_fit(fused_kernel):
     assert "does not fit. A call of attention takes" in str(found) and "limit leaves 70 MiB." in str(found)
 
 
-def test_where_bands_would_help_and_are_never_taken(fused_kernel, monkeypatch):
-    monkeypatch.setattr("lib_subquad.lab.explain.question.when", lambda settings: "never")
-    found = told(question(free=3 * GIB))
+def test_where_bands_would_help_and_are_never_taken(fused_kernel):
+    never = {"settings": Settings(vae_bands="never")}
+    found = told(question(free=3 * GIB, **never))
     assert "does not fit. Decoding it takes 4096 MiB all at once, and the memory limit leaves" in str(found)
     assert re.fullmatch(r"Set VAE in bands to when needed: then it takes \d+ MiB.", str(found.step))
-    assert str(told(question(free=100 * MIB)).step).startswith("Make images of ")
+    assert str(told(question(free=100 * MIB, **never)).step).startswith("Make images of ")
 
 
 def test_details_tell_what_the_vae_takes(fused_kernel):

@@ -22,8 +22,8 @@ HOMES = (
     "modules.models.sd3.sd3_impls",  # SD 3 in the web UI
     "backend.nn.vae",  # Forge
     "ldm_patched.ldm.modules.diffusionmodules.model",  # reForge
-    f"{__package__}.model",  # ours
 )
+OURS = f"{__package__}.model"  # which no web UI has
 DECODERS, ENCODERS = ("Decoder", "VAEDecoder"), ("Encoder", "VAEEncoder")
 NO_TIME = ("VAEDecoder", "VAEEncoder")  # whose residual blocks take no embedding of a time step
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -214,7 +214,7 @@ def _is(module: AnyModule, *names: str, forward: Callable[..., Any] | None = Non
         forward = getattr(type(module), "forward", None)
     forward = getattr(forward, "__func__", forward)
     home = getattr(forward, "__globals__", {}).get("__name__")
-    return home in HOMES and getattr(forward, "__qualname__", "") in {f"{name}.forward" for name in names}
+    return home in (*HOMES, OURS) and getattr(forward, "__qualname__", "") in {f"{name}.forward" for name in names}
 
 
 def _is_watched(module: AnyModule) -> bool:

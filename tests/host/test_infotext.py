@@ -19,6 +19,7 @@ CHANGED = {
     "subquad_checkpointing": "never",
     "subquad_upcast": "always",
     "subquad_vae": False,
+    "subquad_vae_bands": "always",
     "subquad_measure": False,
     "subquad_retry": False,
 }

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.host.gradio_page import Page, sentences
 
-BUTTONS = ("cancel", "apply", "undo", "forget")
+BUTTONS = ("cancel", "apply", "undo", "forget", "decode")
 LOADED = '"the loaded checkpoint"'
 GOOD = [LOADED, "64", "64", "1"]
 # Anything that JSON, as Python reads it, can say.
@@ -129,7 +129,7 @@ def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("half a character \ud800 <b>")
 
-    for name in ("apply", "undo", "forget", "cancel", "request", "look"):
+    for name in ("apply", "undo", "forget", "cancel", "decode", "request", "look"):
         monkeypatch.setattr(LABORATORY, name, broken)
     page = Page(build("a prompt", 1, (64, 64), 1).queue())
     for name in ("question", "titles"):

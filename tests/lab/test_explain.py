@@ -279,10 +279,10 @@ def test_the_largest_image_is_one_whose_decoding_fits_as_well(family):
     assert f"whose attention and decoding stay inside the memory limit: {width} × {height}." in size_in_words(asked)
 
 
-def test_the_largest_image_without_bands_is_smaller(monkeypatch):
+def test_the_largest_image_without_bands_is_smaller():
     asked = question(checkpoint("sd15"), free=4 * GIB)
     largest = asked.largest_image()
-    monkeypatch.setattr("lib_subquad.lab.explain.question.when", lambda settings: "never")
+    asked = dataclasses.replace(asked, settings=Settings(vae_bands="never"))
     assert asked.largest_image()[0] ** 2 < 0.5 * largest[0] ** 2
 
 

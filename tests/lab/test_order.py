@@ -274,7 +274,7 @@ def test_what_is_measured_and_not_kept_is_no_success(main, path, checkpoint, mad
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file, "_write", full)
+    monkeypatch.setattr(file, "write_whole", full)
     status, told = main("--measure", checkpoint, "--size", "256")
     assert status == 1 and "Measured in" in told and "Kept" not in told and "cannot be written" in caplog.messages[-1]
 
