@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         help="as in bench (default: 1,4,2048,2048,40)",
     )
     parser.add_argument("--times", type=arguments.positive, default=20, help="how many (default: %(default)s)")
+    parser.add_argument("--begin", type=arguments.count, default=0, help="how many have been (default: %(default)s)")
     parser.add_argument("--away", type=float, default=2.0, help="seconds, on the average (default: %(default)s)")
     parser.add_argument("--stay", type=float, default=1.0, help="seconds, on the average (default: %(default)s)")
     parser.add_argument("--again", type=arguments.positive, default=15, help="quiet rounds (default: %(default)s)")
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     query, key = ((shape.batch, shape.heads, tokens, shape.width) for tokens in (shape.queries, shape.keys))
     problem = Problem.from_shapes(query, key, key, torch.float32, "cpu")
     rows, explored = [Row("unet", "self", 1, problem, plan_problem(problem, Settings()))], []
-    for number in range(given.times):
+    for number in range(given.begin, given.begin + given.times):
         made = (Exploration if number % 2 else WithPlanted)(rows, Settings(), problem.device)
         load = subprocess.Popen([sys.executable, "-c", LOAD, str(number), str(given.away), str(given.stay)])
         try:
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         explored.append(_told(number, made, told, time.perf_counter(), given.again))
         say(", ".join(f"{name}: {value}" for name, value in explored[-1].items()))
     print(tables.of_cells(explored))
-    planted = [row["Recommended"] for row in explored[::2]]
+    planted = [row["Recommended"] for row in explored if "planted" in row[""]]
     print(f"\nThe planted one was recommended {sum(PLANTED_LABEL in it for it in planted)} of {len(planted)} times.")
     return 0
 
