@@ -25,12 +25,14 @@ def decode_all() -> tuple[list[Path], list[str]]:
     files = waiting()
     if not files:
         return [], [words.NOTHING_KEPT]
+    if host().vae is None:
+        return [], [words.NO_DECODER]
     if not host().lock().acquire(blocking=False):
         return [], [words.DECODE_LATER]
     made, told = [], []
     try:
         host().prepare()
-        with host().job("subquad"):
+        with host().vae.pictures.job("subquad"):
             for path in files:
                 try:
                     images = _decoded(path)
@@ -52,10 +54,10 @@ def decode_all() -> tuple[list[Path], list[str]]:
 
 
 def _decoded(path: Path) -> list[Path]:
-    kept = latents.read(path)
-    host().make_ready(kept.made_by)
-    pictures = host().decode(kept.latents)
-    images = [host().save_image(picture, kept.folder, told) for picture, told in zip(pictures, kept.images)]
+    kept, vae = latents.read(path), host().vae
+    vae.pictures.make_ready(kept.made_by)
+    pictures = vae.decoded(kept.latents)
+    images = [vae.pictures.save(picture, kept.folder, told) for picture, told in zip(pictures, kept.images)]
     latents.done(path, host().data_folder())
     return images
 

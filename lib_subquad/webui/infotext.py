@@ -25,7 +25,8 @@ def begin(p) -> None:
     for name in (RETRIES, RERUNS, MEASURED, BANDS, COMPUTED, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
     status.begin(_images(p), host().settings().engine)
-    host().begin(p)
+    if (vae := host().vae) is not None:
+        vae.pictures.begin(p)
     memory.forget()  # the model may have been moved since
     host().prepare()
     if host().active:

@@ -138,6 +138,7 @@ FAILED = "That did not work: {error}"
 WAIT_TO_BE_DECODED = (
     "Memory did not suffice to decode what was sampled, or decoding was interrupted. It is kept: {files}"
 )
+NO_DECODER = "This web UI shows no way to decode it."
 NOTHING_KEPT = "Nothing waits to be decoded."
 DECODE_LATER = "An image is being made: decode when it is done."
 DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."

@@ -147,12 +147,12 @@ def test_the_infotext_comes_along(ours, monkeypatch):
     prompts = ["x <lora:x:1>", "y", "a <lora:it:1>", "b"]
     p = Request(all_seeds=[5, 6, 7, 8], all_prompts=prompts, all_subseeds=[0] * 4, iteration=1, batch_size=2)
     p.prompts = ["a", "b"]  # without what names a LoRA
-    ours.host.begin(p)
+    ours.host.vae.pictures.begin(p)
     p.extra_generation_params = {}
     model = ours.host.model()
     with pytest.raises(RuntimeError), NoRoom(above=0):
         processing.decode_latent_batch(model, torch.randn(2, 4, 8, 8))
-    ours.host.begin(None)
+    ours.host.vae.pictures.begin(None)
     images, _ = ours.decoding.decode_all()
     assert [Image.open(it).info["parameters"] for it in images] == ["a <lora:it:1>, infotext", "b, infotext"]
     assert [it.stem.split("-")[1] for it in images] == ["7", "8"]
@@ -215,7 +215,7 @@ def test_where_no_folder_takes_it_the_next_one_does(ours, monkeypatch):
     (ours.folder / "images").write_text("a file", encoding="utf-8")
     lost(ours)
     assert [it.parent for it in kept(ours)] == [ours.folder / "subquad-latents"]
-    monkeypatch.setattr(type(ours.host), "images_folders", lambda self: [ours.folder / "images" / "more"])
+    monkeypatch.setattr(type(ours.host.vae.pictures), "folders", lambda self: [ours.folder / "images" / "more"])
     assert "What was sampled could not be kept: " in lost(ours)
 
 
@@ -334,7 +334,7 @@ def test_tiling_and_another_vae_are_remembered(ours, monkeypatch):
         pass
 
     p = Request(tiling=True, sd_vae_name="one.vae")
-    ours.host.begin(p)
+    ours.host.vae.pictures.begin(p)
     with pytest.raises(RuntimeError), NoRoom(above=0):
         processing.decode_latent_batch(ours.host.model(), torch.randn(1, 4, 8, 8))
     now[0] = None

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import tempfile
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from modules import shared
-from PIL import Image
 
 from ...checkpoint import T5_TOKENS, Checkpoint
 from ...console import UserError
 from ...settings import Settings
 from .. import options
 from ..status import Reach, Standing
+from .seam import module
 from .vae import Vae
 
-UNSAVED = "subquad-latents"  # within the data folder, for what was made of requests whose images are not saved
 VAE, UNET = "vae", "unet"  # the two parts of a model in which attention can be ours; "unet" is a transformer's as well
 
 
@@ -68,17 +62,10 @@ class Host:
     has_switch = False  # whether *Use subquad* is a setting of ours, because the web UI offers no choice of attention
     active = False  # whether attention of the next image is ours
     vae: Vae | None = None  # its VAE, where we can take it over
-    _request: Callable[[], object] = staticmethod(lambda: None)
 
     def callbacks(self) -> dict[str, Callable]:
         """What is to be called by callbacks that only this kind of web UI has: `on_...` -> function."""
         return {}
-
-    def begin(self, p: object) -> None:
-        """A request begins; what is to be known of it is asked of it until the next one does."""
-        self._request = lambda: None
-        with contextlib.suppress(TypeError):
-            self._request = weakref.ref(p)
 
     def prepare(self) -> None:
         """Before a generation: what others put in our place, or loaded since, comes to us again."""
@@ -169,130 +156,9 @@ class Host:
             state.textinfo = text
         return before
 
-    def images_folders(self) -> list[Path]:
-        """Where the last request's images go, if they are saved; and where something may be written otherwise."""
-        p, folders = self._request(), []
-        named = getattr(p, "outpath_samples", "") or getattr(shared.opts, "outdir_samples", "")
-        named = named or getattr(shared.opts, "outdir_txt2img_samples", "")
-        saved = getattr(shared.opts, "samples_save", True) and not getattr(p, "do_not_save_samples", False)
-        if named and saved:
-            folders.append(Path(str(named)).absolute() / self._subfolder())
-        if (data := self.data_folder()) is not None:
-            folders.append(data / UNSAVED)
-        return [*folders, Path(tempfile.gettempdir())]
-
-    def _subfolder(self) -> str:
-        """Within the folder of images, as the web UI's pattern has it."""
-        if not getattr(shared.opts, "save_to_dirs", False):
-            return ""
-        with contextlib.suppress(Exception):  # what a pattern asks for may not be there
-            told, pattern = self.told(0), shared.opts.directories_filename_pattern or "[prompt_words]"
-            names = module("images").FilenameGenerator(self._request(), told["seed"], told["prompt"], None)
-            return names.apply(pattern).strip(" ").rstrip("\\/")
-        return ""
-
-    def told(self, index: int) -> dict[str, object]:
-        """The infotext, seed and prompt of an image of the last request's batch; None where it does not tell."""
-        p, told = self._request(), {"infotext": None, "seed": None, "prompt": None}
-        with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
-            # Those of all batches: what names a LoRA is taken out of this batch's prompts while it is made.
-            index += getattr(p, "iteration", 0) * p.batch_size
-            told["seed"] = p.all_seeds[index]
-            if getattr(shared.opts, "enable_pnginfo", True):
-                told["prompt"], given = p.all_prompts[index], (p.all_prompts, p.all_seeds, p.all_subseeds)
-                told["infotext"] = module("processing").create_infotext(p, *given, index=index)
-        return told
-
     def model(self) -> object:
-        """The model that decodes: what is loaded, or is loaded for this."""
+        """The one that decodes: what is loaded, or is loaded for this."""
         return getattr(shared, "sd_model", None)
-
-    def checkpoint_of(self, model: object) -> str:
-        """The name of its file, as the web UI's list has it; empty where it does not tell."""
-        info = getattr(model, "sd_checkpoint_info", None)
-        return str(getattr(info, "name", "") or getattr(info, "title", ""))
-
-    def made_by(self, model: object) -> dict[str, object]:
-        """What this request's pictures are decoded with: checkpoint, VAE, and whether their edges meet."""
-        p, names = self._request(), {"vae": "sd_vae_name", "tiling": "tiling"}
-        told = {key: getattr(p, name) for key, name in names.items() if hasattr(p, name)}
-        return {"checkpoint": self.checkpoint_of(model), **told}
-
-    def make_ready(self, made_by: Mapping[str, object]) -> None:
-        """Load and set what these pictures are to be decoded with, as far as the user has chosen it.
-
-        Raises:
-            UserError: something else is chosen.
-        """
-        if (wanted := made_by.get("checkpoint")) and wanted != self.checkpoint_of(self.model()):
-            self.load_chosen()
-            if wanted != self.checkpoint_of(self.model()):
-                raise UserError(f"It was made with {wanted}.", "Choose that checkpoint, then decode.")
-        named = getattr(module("sd_vae"), "get_loaded_vae_name", None)
-        if callable(named) and "vae" in made_by and made_by["vae"] != (loaded := named()):
-            was, now = (name or "the checkpoint's own" for name in (made_by["vae"], loaded))
-            raise UserError(f"Its VAE was {was}, and now it is {now}.", "Choose that VAE, then decode.")
-        if "tiling" in made_by:
-            self.set_tiling(made_by["tiling"])
-
-    def load_chosen(self) -> None:
-        """Load the checkpoint that the settings name, where another one is in memory, as a refiner is."""
-        load = getattr(module("sd_models"), "reload_model_weights", None)
-        if callable(load):
-            load()
-
-    def set_tiling(self, tiling: object) -> None:
-        """Whether edges meet. The web UI sets it anew for each request."""
-        processing, hijack = module("processing"), getattr(module("sd_hijack"), "model_hijack", None)
-        if callable(apply := getattr(processing, "apply_circular_forge", None)):
-            apply(self.model(), tiling)
-        elif callable(apply := getattr(hijack, "apply_circular", None)):
-            apply(tiling)
-
-    @contextlib.contextmanager
-    def job(self, name: str) -> Iterator[None]:
-        """Work of ours, as the web UI does its own: whoever interrupts means this, and not what was before."""
-        state = getattr(shared, "state", None)
-        begin, end = (getattr(state, it, None) for it in ("begin", "end"))
-        if callable(begin):
-            begin(job=name)
-        for flag in ("interrupted", "skipped"):
-            if hasattr(state, flag):
-                setattr(state, flag, False)
-        try:
-            yield
-        finally:
-            if callable(end):
-                end()
-
-    def decode(self, latents: torch.Tensor) -> list[torch.Tensor]:
-        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
-
-        Raises:
-            UserError: this web UI shows no way to, or decodes by an approximation.
-            Interrupted: the user has had enough of it.
-            RuntimeError: the device's own out-of-memory.
-        """
-        if self.vae is None or not self.vae.can_decode:
-            raise UserError("This web UI shows no way to decode.")
-        with torch.no_grad():
-            made = self.vae.decode(self.model(), latents.to(self.device()), target_device=torch.device("cpu"))
-        if made[0].shape[-1] <= latents.shape[-1]:
-            raise UserError("This web UI made no more of it than a preview.")
-        return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
-
-    def save_image(self, picture: torch.Tensor, folder: Path, told: Mapping[str, object]) -> Path:
-        """Write a picture as the web UI does; where it is. `told`: its infotext, seed and prompt.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        image = Image.fromarray((picture * 255).movedim(0, 2).to(torch.uint8).contiguous().numpy())
-        how = {"extension": getattr(shared.opts, "samples_format", "png"), "save_to_dirs": False}
-        path, _ = module("images").save_image(
-            image, str(folder), "", told["seed"], told["prompt"], info=told["infotext"], **how
-        )
-        return Path(path)
 
     def interrupted(self) -> bool:
         """Whether the user cut the generation short."""
@@ -360,11 +226,6 @@ class Switched(Host):
 def in_words(name: str) -> str:
     """What a function of this name computes attention by."""
     return next((words for part, words in KNOWN.items() if part in name), name)
-
-
-def module(name: str) -> ModuleType | None:
-    """`modules.<name>` where the web UI has loaded it; never loads it itself, for that may start something."""
-    return sys.modules.get(f"modules.{name}")
 
 
 def readable(filename: object) -> str:

@@ -16,9 +16,10 @@ from ...settings import Settings
 from .. import options
 from ..status import Reach
 from . import places
-from .base import UNET, VAE, Loaded, Switched, in_words, module, readable
+from .base import UNET, VAE, Loaded, Switched, in_words, readable
 from .hooks import home, owner
 from .places import KEPT, Original, Place
+from .seam import module
 from .vae import Vae
 from .wrapper import Wrapper
 

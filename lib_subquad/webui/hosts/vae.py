@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ... import device as devices
 from ... import retry, vae
-from ...console import in_a_line, say
+from ...console import UserError, in_a_line, say
 from .. import latents, status
 from .hooks import Hook
+from .pictures import Pictures
 
 if TYPE_CHECKING:
     from .base import Host
@@ -41,6 +42,7 @@ class Vae:
 
     def __init__(self, host: Host, serves: Callable[[], bool]) -> None:
         self._host, self._serves = host, serves
+        self.pictures = Pictures(host)
         self._halves: dict[type, Hook] = {}
         self._decode: Hook | None = None
         self._kept = _NOTHING  # the tensor that was kept last, and where
@@ -149,9 +151,21 @@ class Vae:
             status.kept("")
             self._kept = _NOTHING
 
-    @property
-    def can_decode(self) -> bool:
-        return hasattr(sys.modules.get("modules.processing"), DECODE)
+    def decoded(self, latents: Tensor) -> list[Tensor]:
+        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
+
+        Raises:
+            UserError: this web UI shows no way to, or decodes by an approximation.
+            Interrupted: the user has had enough of it.
+            RuntimeError: the device's own out-of-memory.
+        """
+        if not hasattr(sys.modules.get("modules.processing"), DECODE):
+            raise UserError("This web UI shows no way to decode.")
+        with torch.no_grad():
+            made = self.decode(self._host.model(), latents.to(self._host.device()), target_device=torch.device("cpu"))
+        if made[0].shape[-1] <= latents.shape[-1]:
+            raise UserError("This web UI made no more of it than a preview.")
+        return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
 
     def decode(self, model, batch, *args, **kwargs):
         """As the web UI does it, told how far it is.
@@ -169,8 +183,8 @@ class Vae:
     def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
         """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
         try:
-            data, images = self._host.data_folder(), [self._host.told(index) for index in range(first, len(batch))]
-            how = self._host.made_by(model), images, self._host.images_folders(), data
+            told_of = [self.pictures.told(index) for index in range(first, len(batch))]
+            how = self.pictures.made_by(model), told_of, self.pictures.folders(), self._host.data_folder()
             path = latents.keep(batch[first:], *how)
             self._kept = weakref.ref(batch), path
             told = f"{why} What was sampled is kept in {path}; the button on the tab Attention decodes it."
