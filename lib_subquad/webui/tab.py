@@ -68,7 +68,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             message = gr.HTML(elem_id="subquad_message")
             with gr.Column(visible=False) as rescue:
                 kept = gr.HTML(elem_id="subquad_kept")
-                decode = _button("decode")
+                decode = _button("decode", variant="primary")
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
