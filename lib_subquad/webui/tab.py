@@ -105,7 +105,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         on(ask.click, _look, [*question, run], looked)
         on(look.click, _look_again, [*question, run, shown], looked)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
-        on(measure.click, _request, run, [result, plot, message, run, go, *buttons])
+        # A look that was on its way when the button was pressed may come back later, and knows nothing of this.
+        then_look(on(measure.click, _request, run, [result, plot, message, run, go, *buttons]))
         measured = [result, plot, message, *buttons]
         if with_queue:
             measuring = on(go.change, _measure, [*question, run], measured, {"show_progress": "hidden"})

@@ -37,7 +37,7 @@ def test_every_event_is_known_here(page):
         ("subquad_ask", "click"),
         ("subquad_look", "click"),
         *((f"subquad_{name}", "click") for name in ("measure", *BUTTONS)),
-        *((f"subquad_{name}", "then") for name in ("go", *BUTTONS)),
+        *((f"subquad_{name}", "then") for name in ("go", "measure", *BUTTONS)),
         ("subquad_go", "change"),
         ("tab_subquad_tab", "select"),
         *([("subquad_gone", "change")] if gr.__version__.startswith("3.") else []),
