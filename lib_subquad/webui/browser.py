@@ -18,11 +18,7 @@ WATCH = f"""
     page.subquadWatched = true;
     const press = name => {{ const it = root.querySelector(`#subquad_${{name}}`); if (it) it.click(); }};
     const seen = () => page.getClientRects().length && document.visibilityState === "visible";
-    const measuring = () => {{
-        const cancel = root.querySelector("#subquad_cancel");
-        return cancel && cancel.getClientRects().length;
-    }};
-    const look = () => {{ if (seen() && !measuring()) press("look"); }};
+    const look = () => {{ if (seen()) press("look"); }};
     document.addEventListener("visibilitychange", look);
     window.addEventListener("focus", look);
     setInterval(look, {LOOK_AGAIN * 1000});

@@ -6,6 +6,7 @@ import inspect
 import json
 import time
 import traceback
+from dataclasses import dataclass
 from html import escape
 
 import gradio as gr
@@ -16,14 +17,31 @@ from ..console import say
 from . import browser, models, status, words
 from . import plot as picture
 from .answer import Answer
-from .laboratory import LABORATORY
+from .laboratory import LABORATORY, Run
 from .words import LABELS, Said
 
 ELEMENT = "subquad_tab"
 USUAL = status.Images(512, 512, 1)
-LOOKED = 11  # what `_look` answers
+LOOKED = 10  # what `_look` answers
 # The parameter that takes JavaScript changed its name in gradio 4.
 SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
+
+
+@dataclass
+class Visit:
+    """What one page measures, was answered and shown last, and which size of which generation it was given last.
+
+    One object as long as the page is open: an event that is on its way sees what another does meanwhile.
+    """
+
+    run: Run | None = None
+    told: Answer | None = None
+    shown: tuple | None = None
+    adopted: tuple | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self.run is not None and self.run.busy
 
 
 class Tab(gr.Blocks):
@@ -79,16 +97,15 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 forget = _button("forget")
                 forgotten = gr.HTML(elem_id="subquad_forgotten")  # where the button is: the message is far above
             ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
-        run = gr.State(None)  # this page's own
-        shown = gr.State(None)  # what it was told last
-        adopted = gr.State(None)  # which size it was given last, and of which generation
+        visit = gr.State(Visit())  # gradio copies it for each page
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
         go = gr.Textbox(visible=False, elem_id="subquad_go")  # changes when a Measure is to wait for its turn
         gone = gr.Textbox(visible=False, elem_id="subquad_gone")  # changes when a Measure that waited was cancelled
 
     question = [checkpoint, width, height, batch]
+    asked = [visit, *question]
     buttons = [measure, cancel, apply, undo]
-    looked = [sentence, status_line, details, findings, kept, rescue, *buttons, shown]
+    looked = [sentence, status_line, details, findings, kept, rescue, *buttons]
     quietly = {"queue": False, "show_progress": "hidden"}
     with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
 
@@ -96,27 +113,27 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         return event(_answering(act, len(outputs)), inputs, outputs, api_name=False, **how)
 
     def then_look(event):
-        seen = on(event.then, _look, [*question, run], looked)
+        seen = on(event.then, _look, asked, looked)
         seen.then(None, None, None, **{SCRIPT: browser.KEEP_FOCUS})
 
     with tab:
         for widget in question:
-            on(widget.change, _look, [*question, run], looked)
-        on(ask.click, _look, [*question, run], looked)
-        on(look.click, _look_again, [*question, run, shown], looked)
+            on(widget.change, _look, asked, looked)
+        on(ask.click, _look, asked, looked)
+        on(look.click, _look_again, asked, looked)
         # Two steps: what is to be measured is known before gradio's queue lets it begin, so that it can be cancelled.
-        # A look that was on its way when the button was pressed may come back later, and knows nothing of this.
-        then_look(on(measure.click, _request, run, [result, plot, message, run, go, *buttons]))
+        # An answer that was on its way when the button was pressed may come back later, and knows nothing of this.
+        then_look(on(measure.click, _request, visit, [result, plot, message, go, *buttons]))
         measured = [result, plot, message, *buttons]
         if with_queue:
-            measuring = on(go.change, _measure, [*question, run], measured, {"show_progress": "hidden"})
+            measuring = on(go.change, _measure, asked, measured, {"show_progress": "hidden"})
             gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
-            measuring = on(go.change, _measure_at_once, [*question, run], measured)
+            measuring = on(go.change, _measure_at_once, asked, measured)
         then_look(measuring)
-        then_look(on(cancel.click, _cancel, run, [message, result, gone]))
+        then_look(on(cancel.click, _cancel, visit, [message, result, gone]))
         for button, action, given, told in (
-            (apply, LABORATORY.apply, run, message),
+            (apply, _apply, visit, message),
             (undo, LABORATORY.undo, None, message),
             (forget, LABORATORY.forget, None, forgotten),
         ):
@@ -124,10 +141,10 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
         then_look(on(decode.click, _decode, None, [message], {} if with_queue else {"queue": False}))
-        opened = [*question, run, adopted, payload]
+        opened = [*asked, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
-        show = _answering(_open, len(looked) + 5)
-        tab.on_show = (show, opened, [*looked, checkpoint, width, height, batch, adopted], {**quietly, **script})
+        show = _answering(_open, len(looked) + len(question))
+        tab.on_show = (show, opened, [*looked, *question], {**quietly, **script})
         tab.load(None, None, None, **{SCRIPT: browser.WATCH})
         tab.load(show, opened, tab.on_show[2], api_name=False, **quietly, **script)
 
@@ -149,14 +166,13 @@ def _number(label: str, value: int, element: str) -> gr.Number:
     return number
 
 
-def _look(*given):
+def _look(visit: Visit, *question):
     """All that follows from the question, the settings and what was measured."""
-    *question, run = given
-    told, details = LABORATORY.look(*question)
-    sentence, kept = words.answer(told.sentences, told.step, _asked(*question)), LABORATORY.waiting()
-    shown = (sentence, LABORATORY.status(), details, LABORATORY.findings(), kept)
-    states = [{"visible": bool(kept)}, *_buttons(run, told)]
-    return [*shown, *map(_update, states), (*shown, *states)]
+    visit.told, details = LABORATORY.look(*question)
+    sentence = words.answer(visit.told.sentences, visit.told.step, _asked(*question))
+    kept = LABORATORY.waiting()
+    visit.shown = (sentence, LABORATORY.status(), details, LABORATORY.findings(), kept)
+    return [*visit.shown, gr.update(visible=bool(kept)), *_buttons(visit)]
 
 
 def _asked(_title, *numbers) -> str:
@@ -165,27 +181,29 @@ def _asked(_title, *numbers) -> str:
     return json.dumps(numbers, separators=(",", ":")) if known else ""
 
 
-def _look_again(*given):
-    """The same, where anything has changed. Not while something is measured, which it would disturb."""
-    *question, run, before = given
-    if LABORATORY.measuring:
-        return [gr.update()] * LOOKED
-    found = _look(*question, run)
-    return [gr.update()] * LOOKED if found[-1] == before else found
+def _look_again(visit: Visit, *question):
+    """The same, where anything has changed. Not while something is measured, which it would disturb. The buttons in
+    any case: of two answers that were on their way at once the elder may have arrived last."""
+    before = visit.shown
+    if not LABORATORY.measuring:
+        found = _look(visit, *question)
+        if visit.shown != before:
+            return found
+    return [*[gr.update()] * (LOOKED - len(BUSY)), *_buttons(visit)]
 
 
-def _open(*given):
+def _open(visit: Visit, title, *given):
     """The same when the tab comes to the front, for the size that was used last: of the last generation, or else what
     the sliders of the web UI's page stand at."""
-    *question, run, adopted, sliders = given
-    title, *typed = question
+    *typed, sliders = given
     generation = status.generation()
     images = generation.images or _as_sliders(sliders)
     last = (generation.number if generation.images else 0, images)
-    used = images if last != adopted else None
-    found = _look(title, *(used or typed), run)
+    used = images if last != visit.adopted else None
+    visit.adopted = last
+    found = _look(visit, title, *(used or typed))
     # What was typed while this was on its way stays.
-    return [*found, gr.update(choices=models.titles()), *(used or [gr.update()] * len(typed)), last]
+    return [*found, gr.update(choices=models.titles()), *(used or [gr.update()] * len(typed))]
 
 
 def _as_sliders(sent: object) -> status.Images | None:
@@ -195,45 +213,46 @@ def _as_sliders(sent: object) -> status.Images | None:
         return None
 
 
-def _buttons(run, told: Answer) -> list[dict[str, object]]:
+BUSY = [{"interactive": False}, {"visible": True}, {"visible": False}, {}]  # `_buttons` while this page measures
+
+
+def _buttons(visit: Visit) -> list:
     """What each button looks like now, in the order of the page."""
-    busy = run is not None and run.busy
-    anyway = LABORATORY.is_to_be_confirmed(run)
-    offer, undoable = LABORATORY.offer(run), LABORATORY.undoable()
-    return [
-        {
-            "value": LABELS["anyway" if anyway else "measure"],
-            "interactive": told.can_measure and not busy,
-            "variant": "primary" if told.may_gain and not offer else "secondary",
-        },
-        {"visible": busy},
+    anyway = LABORATORY.is_to_be_confirmed(visit.run)
+    offer, undoable = LABORATORY.offer(visit.run), LABORATORY.undoable()
+    measure: dict[str, object] = {"value": LABELS["anyway" if anyway else "measure"]}
+    if visit.told is not None:
+        measure["interactive"] = visit.told.can_measure and not visit.busy
+        measure["variant"] = "primary" if visit.told.may_gain and not offer else "secondary"
+    states = [
+        measure,
+        {"visible": visit.busy},
         {"visible": bool(offer), "value": LABELS["apply"].format(changes=offer), "variant": "primary"},
         {"visible": bool(undoable), "value": LABELS["undo"].format(changes=undoable)},
     ]
-
-
-BUSY = [{"interactive": False}, {"visible": True}, {"visible": False}, {}]  # of the same
+    return list(map(_update, states))
 
 
 def _update(state: dict[str, object]):
     return gr.update(**state)
 
 
-def _request(before):
-    run, message = LABORATORY.request(before)
-    if run is before:
-        return [gr.update(), gr.update(), words.line(message), run, *[gr.update()] * 5]
-    if run.unconfirmed:
+def _request(visit: Visit):
+    before = visit.run
+    visit.run, message = LABORATORY.request(before)
+    if visit.run is before:
+        return [gr.update(), gr.update(), words.line(message), *[gr.update()] * 5]
+    if visit.run.unconfirmed:
         button = gr.update(value=LABELS["anyway"])
-        return [gr.update(), gr.update(), words.line(message), run, gr.update(), button, *[gr.update()] * 3]
-    return [words.line(words.WAITS_FOR_ITS_TURN), "", "", run, str(time.monotonic_ns()), *map(_update, BUSY)]
+        return [gr.update(), gr.update(), words.line(message), gr.update(), button, *[gr.update()] * 3]
+    return [words.line(words.WAITS_FOR_ITS_TURN), "", "", str(time.monotonic_ns()), *map(_update, BUSY)]
 
 
-def _measure(*question):
+def _measure(visit: Visit, *question):
     """The generator behind Measure: the answer, the plot, no message and the buttons, again and again."""
     # Of a step that gives nothing gradio would make empty answers.
     yield [gr.update()] * 7
-    for answer, run in LABORATORY.measure(*question):
+    for answer, run in LABORATORY.measure(*question, visit.run):
         found = run.exploration
         plot = gr.update() if found is None else picture.svg(found)
         # What Cancel said is over with the answer that comes next.
@@ -241,17 +260,22 @@ def _measure(*question):
         yield [answer, plot, message, *map(_update, BUSY)]
 
 
-def _measure_at_once(*question):
-    *_, last = _measure(*question)
+def _measure_at_once(visit: Visit, *question):
+    *_, last = _measure(visit, *question)
     return last
 
 
-def _cancel(run):
+def _cancel(visit: Visit):
+    run = visit.run
     in_queue = run is not None and run.waiting and not run.taken_up
     message = words.line(LABORATORY.cancel(run))
     if run is not None and run.withdrawn:
         return message, "", str(time.monotonic_ns()) if in_queue else gr.update()
     return message, gr.update(), gr.update()
+
+
+def _apply(visit: Visit):
+    return LABORATORY.apply(visit.run)
 
 
 def _decode():
@@ -269,7 +293,7 @@ def _and_tell(action):
 def _answering(act, outputs: int):
     """`act`, or a sentence in the first of its outputs for whatever it raises; the console has the rest.
 
-    A page that gets an error says no more than that there was one.
+    A page that gets an error says no more than that there was one. Of whoever names no session gradio keeps nothing.
     """
     untouched = [gr.update()] * (outputs - 1)
 
@@ -282,15 +306,18 @@ def _answering(act, outputs: int):
         """As JSON can carry it."""
         return [words.sendable(answer) if isinstance(answer, str) else answer for answer in answers]
 
+    def known(given) -> list:
+        return [given[0] or Visit(), *given[1:]] if given else []
+
     def answer(*given):
         try:
-            return sent(act(*given))
+            return sent(act(*known(given)))
         except Exception as error:
             return sent(failed(error))
 
     def answer_again_and_again(*given):
         try:
-            yield from map(sent, act(*given))
+            yield from map(sent, act(*known(given)))
         except Exception as error:
             yield sent(failed(error))
 

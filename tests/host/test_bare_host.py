@@ -143,7 +143,7 @@ def page(loaded):
 )
 def test_every_button_answers_with_a_sentence(page, element, how, said):
     asks = how in ("then", "change", "select") or element in ("subquad_ask", "subquad_look")
-    question = ['"the loaded checkpoint"', "64", "64", "1"] if asks else ["null"]
+    question = ["null", '"the loaded checkpoint"', "64", "64", "1"] if asks else ["null"]
     answer = sentences(page.send(element, how, question, "somebody"))
     assert said in answer and "That did not work" not in answer
 

@@ -391,7 +391,8 @@ def test_what_was_measured_is_shown_as_the_command_shows_it(measured, loaded):
 
     assert re.sub("<[^>]*>", "", LABORATORY.findings()) == "Nothing has been measured on this device yet."
     generate()
-    (found,) = [it for it in tab._look("the loaded checkpoint", 64, 64, 1, None) if "What was measured" in str(it)[:80]]
+    looked = tab._look(tab.Visit(), "the loaded checkpoint", 64, 64, 1)
+    (found,) = [it for it in looked if "What was measured" in str(it)[:80]]
     shown = [html.unescape(line) for line in re.findall("<li><bdi>(.*?)</bdi></li>", found)]
     assert shown == [f"{calls_in_words(calls)}: {found_in_words(it)}" for calls, it in measuring.known().items()]
     assert "portable in tiles of 64 x 128, 1.50 times as fast as the rules' choice" in shown[0]

@@ -438,7 +438,7 @@ def test_the_tab_offers_to_decode_what_waits(ours):
     from lib_subquad.webui import models, tab
 
     def shown():
-        return tab._look(models.LOADED, 64, 64, 1, None)[4:6]
+        return tab._look(tab.Visit(), models.LOADED, 64, 64, 1)[4:6]
 
     assert shown() == ["", tab._update({"visible": False})]
     lost(ours)
