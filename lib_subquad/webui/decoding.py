@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import device as devices
 from ..console import UserError, in_a_line, say
 from ..vae import Interrupted
-from . import latents, words
+from . import infotext, latents, status, words
 from .hosts import host
 from .words import Said
 
@@ -56,8 +56,12 @@ def decode_all() -> tuple[list[Path], list[str]]:
 def _decoded(path: Path) -> list[Path]:
     kept, vae = latents.read(path), host().vae
     vae.pictures.make_ready(kept.made_by)
-    pictures = vae.decoded(kept.latents)
-    images = [vae.pictures.save(picture, kept.folder, told) for picture, told in zip(pictures, kept.images)]
+    seen = status.Generation()  # that of the page is another
+    pictures = vae.decoded(kept.latents, seen.record_bands)
+    images = []
+    for picture, told in zip(pictures, kept.images):
+        told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
+        images.append(vae.pictures.save(picture, kept.folder, told))
     latents.done(path, host().data_folder())
     return images
 

@@ -70,7 +70,7 @@ def finish_batch(p) -> None:
     if seen.reruns:
         p.extra_generation_params[RERUNS] = seen.reruns
     if seen.bands is not None:
-        p.extra_generation_params[BANDS] = "on the processor" if seen.on_processor else "in bands"
+        p.extra_generation_params[BANDS] = _where_bands(seen)
     if instead := status.instead(seen):
         _tell_who_computed(p, seen)
         if instead not in _said:
@@ -78,6 +78,17 @@ def finish_batch(p) -> None:
             say(f"[subquad] {instead}")
     if seen.measured:
         p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
+
+
+def decoded_later(infotext: str | None, seen: status.Generation) -> str | None:
+    """The infotext of an image that was sampled before: what is `seen` of decoding it is told as well."""
+    if not infotext or seen.bands is None or f"{BANDS}: " in infotext:
+        return infotext
+    return f"{infotext}, {BANDS}: {_where_bands(seen)}"
+
+
+def _where_bands(seen: status.Generation) -> str:
+    return "on the processor" if seen.on_processor else "in bands"
 
 
 def _tell_who_computed(p, seen: status.Generation) -> None:

@@ -95,6 +95,11 @@ class Generation:
         if plan.measured is not None:
             self.measured.add(plan.measured)
 
+    def record_bands(self, plan: BandPlan) -> None:
+        self.on_processor = self.on_processor or ON_PROCESSOR in plan.reasons
+        if self.bands is None or plan.bytes >= self.bands.bytes:
+            self.bands = plan
+
 
 _generation = Generation()
 
@@ -112,10 +117,7 @@ def record(plan: Plan, place: object | None = None) -> None:
 
 def record_bands(plan: BandPlan) -> None:
     """Half of a VAE was computed in bands by `plan`."""
-    seen = _generation
-    seen.on_processor = seen.on_processor or ON_PROCESSOR in plan.reasons
-    if seen.bands is None or plan.bytes >= seen.bands.bytes:
-        seen.bands = plan
+    _generation.record_bands(plan)
 
 
 def kept(sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -137,7 +138,9 @@ def test_several_wait_also_for_a_web_ui_that_is_started_again(ours):
     assert len(images) == len(told) == len(set(images)) == 2
 
 
-def test_the_infotext_comes_along(ours, monkeypatch):
+@pytest.mark.parametrize("bands", ["", ", Subquad VAE computed: in bands"])
+def test_the_infotext_comes_along(ours, monkeypatch, bands):
+    """And tells of bands, if decoding it later takes them."""
     from modules import processing
 
     class Request(SimpleNamespace):
@@ -153,8 +156,11 @@ def test_the_infotext_comes_along(ours, monkeypatch):
     with pytest.raises(RuntimeError), NoRoom(above=0):
         processing.decode_latent_batch(model, torch.randn(2, 4, 8, 8))
     ours.host.vae.pictures.begin(None)
-    images, _ = ours.decoding.decode_all()
-    assert [Image.open(it).info["parameters"] for it in images] == ["a <lora:it:1>, infotext", "b, infotext"]
+    with NoRoom(above=32, rows=40) if bands else contextlib.nullcontext():
+        images, _ = ours.decoding.decode_all()
+    told = [Image.open(it).info["parameters"] for it in images]
+    assert told == [f"a <lora:it:1>, infotext{bands}", f"b, infotext{bands}"]
+    assert ours.status.generation().bands is None  # which is of another image
     assert [it.stem.split("-")[1] for it in images] == ["7", "8"]
 
 

@@ -33,8 +33,9 @@ DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled
 PIXELS = 8  # of a latent, in each direction
 _NOTHING: tuple[Callable[[], object], Path | None] = (lambda: None, None)
 
-# Whether this thread makes pictures to be kept, and not a preview or what another extension wants for itself.
-_makes_pictures: ContextVar[bool] = ContextVar("subquad_makes_pictures", default=False)
+# Who is told of bands while this thread makes pictures to be kept, and not a preview or what another extension wants
+# for itself.
+_report: ContextVar[vae.Report | None] = ContextVar("subquad_report", default=None)
 
 
 class Vae:
@@ -95,14 +96,14 @@ class Vae:
         if args or kwargs or not self._serves():
             return own(x, *args, **kwargs)
         how = {"settings": self._host.settings(), "forward": hook.beneath}
-        if half_encodes(half):
+        if _half_encodes(half):
             return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
-        if not _makes_pictures.get():  # a preview may come from another thread, while this one decodes
+        if (report := _report.get()) is None:  # a preview may come from another thread, while this one decodes
             return vae.as_it_fits(half, x, own, processor=False, **how)
         cut_short = self._host.interrupted()  # before it began: what there is of it is decoded all the same
         with self._announcing() as progress:
             how |= {"interrupted": lambda: not cut_short and self._host.interrupted(), "progress": progress}
-            return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
+            return vae.as_it_fits(half, x, own, report=report, **how)
 
     @contextlib.contextmanager
     def _announcing(self) -> Iterator[Callable[[float], None]]:
@@ -121,12 +122,12 @@ class Vae:
 
     def _pictures(self, model, batch, *args, **kwargs):
         """What the web UI makes of what was sampled. What cannot be decoded, or is not to be waited for, is kept."""
-        if _makes_pictures.get() or not (self._serves() and isinstance(batch, Tensor)):
+        if _report.get() or not (self._serves() and isinstance(batch, Tensor)):
             return self._decode.step_aside(model, batch, *args, **kwargs)
         made = []
         for start, entries in _entries(batch):  # what is done stays, when the user interrupts what comes next
             try:
-                made.append(self.decode(model, entries, *args, **kwargs))
+                made.append(self._decoded(status.record_bands, model, entries, *args, **kwargs))
             except vae.Interrupted:
                 self._keep(model, batch, "Decoding was interrupted: what was not done is a sketch.", start)
                 made.append(_sketches(batch[start:], *args, **kwargs))
@@ -151,8 +152,9 @@ class Vae:
             status.kept("")
             self._kept = _NOTHING
 
-    def decoded(self, latents: Tensor) -> list[Tensor]:
-        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
+    def decoded(self, latents: Tensor, report: vae.Report) -> list[Tensor]:
+        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint. `report` is told
+        of bands.
 
         Raises:
             UserError: this web UI shows no way to, or decodes by an approximation.
@@ -162,23 +164,19 @@ class Vae:
         if not hasattr(sys.modules.get("modules.processing"), DECODE):
             raise UserError("This web UI shows no way to decode.")
         with torch.no_grad():
-            made = self.decode(self._host.model(), latents.to(self._host.device()), target_device=torch.device("cpu"))
+            device = self._host.device()
+            made = self._decoded(report, self._host.model(), latents.to(device), target_device=torch.device("cpu"))
         if made[0].shape[-1] <= latents.shape[-1]:
             raise UserError("This web UI made no more of it than a preview.")
         return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
 
-    def decode(self, model, batch, *args, **kwargs):
-        """As the web UI does it, told how far it is.
-
-        Raises:
-            Interrupted: the user has had enough of it.
-            RuntimeError: the device's own out-of-memory.
-        """
-        token = _makes_pictures.set(True)
+    def _decoded(self, report: vae.Report, model, batch, *args, **kwargs):
+        """As the web UI does it, told how far it is. Raises what `decoded` does."""
+        token = _report.set(report)
         try:
             return getattr(sys.modules["modules.processing"], DECODE)(model, batch, *args, **kwargs)
         finally:
-            _makes_pictures.reset(token)
+            _report.reset(token)
 
     def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
         """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
@@ -195,7 +193,7 @@ class Vae:
         return told
 
 
-def half_encodes(half) -> bool:
+def _half_encodes(half) -> bool:
     return "Encoder" in type(half).__name__
 
 
