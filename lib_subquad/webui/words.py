@@ -223,6 +223,7 @@ ul.subquad-words {{padding-inline-start: 1.2em; list-style: disc}}
 /* What gradio shows of progress itself, and keeps room for: there is a bar of ours. */
 #subquad_page .wrap.generating {{display: none !important}}
 #subquad_page .min {{min-height: 0 !important}}
+#subquad_page .pending {{opacity: 1}}  /* it would flicker at each look, every few seconds */
 #subquad_page button {{overflow-wrap: anywhere; white-space: normal}}
 </style>
 """

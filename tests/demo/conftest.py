@@ -35,12 +35,18 @@ def extension(host, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="package")
-def address(tmp_path_factory):
+def data_folder(tmp_path_factory):
+    """Of the demo that runs."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="package")
+def address(data_folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--port", str(port), "--size", "64", "--steps", "2", "--optimizer", "subquad"]
-    options += ["--data-dir", str(tmp_path_factory.mktemp("data"))]
+    options += ["--data-dir", str(data_folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     server = subprocess.Popen([sys.executable, "-m", "demo", *options], cwd=ROOT, env=environment)
     address = f"http://127.0.0.1:{port}"

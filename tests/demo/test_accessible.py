@@ -42,6 +42,19 @@ def test_axe_would_find_it(page):
     assert any("button-name" in it for it in violations(page))
 
 
+def test_a_look_dims_nothing_while_it_is_on_its_way(page):
+    tab = AttentionTab(page).open(side=64)
+    tab.wait_for(SENTENCE, "at 64 × 64 on")
+    held = []
+    page.route("**/run/predict*", lambda route: held.append(route))
+    page.evaluate("document.querySelector('#subquad_look').click()")
+    page.wait_for_selector("#subquad_page .pending", state="attached")
+    page.wait_for_timeout(300)
+    waiting = "[...document.querySelectorAll('#subquad_page .pending')].map(it => getComputedStyle(it).opacity)"
+    assert set(page.evaluate(waiting)) == {"1"}
+    assert held
+
+
 def test_what_changes_is_announced(measured):
     for name in ("sentence", "message"):
         assert measured.page.locator(f"#subquad_{name}").first.get_attribute("aria-live") == "polite"

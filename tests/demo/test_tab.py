@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from PIL import Image
 
+from lib_subquad.webui import latents
+from tests.accessibility import violations
 from tests.attention_tab import (
     ANSWER,
     DETAILS,
@@ -136,6 +140,22 @@ def test_the_status_is_current_without_a_click(browser, address, page):
         assert tab.size == ("64", "64")  # what was typed stays while it is looked at
     finally:
         other.close()
+
+
+def test_what_was_kept_is_decoded(page, data_folder):
+    """The button is there as long as something waits, on a phone as well."""
+    made = {"infotext": "a cat\nSteps: 2", "seed": 7, "prompt": "a cat"}
+    path = latents.keep(torch.randn(1, 4, 8, 8), {}, [made], [data_folder / "images"], data_folder)
+    page.set_viewport_size({"width": 390, "height": 800})
+    tab = AttentionTab(page).open(side=64)
+    tab.wait_for("#subquad_kept", path.name)
+    assert cut_off(page) == violations(page) == []
+    tab.click("decode")
+    tab.wait_for("#subquad_message", f"Decoded {path.name}: ")
+    page.wait_for_selector("#subquad_decode", state="hidden")
+    assert cut_off(page) == []
+    (image,) = path.parent.glob("*.png")
+    assert Image.open(image).info["parameters"] == made["infotext"]
 
 
 def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
