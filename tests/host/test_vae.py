@@ -323,6 +323,18 @@ def test_images_that_are_not_saved_leave_nothing_among_those_that_are(ours, monk
     assert image.parent == path.parent
 
 
+def test_a_way_of_decoding_is_remembered(ours, monkeypatch):
+    """What was sampled for the VAE is not decoded by a small stand-in for it without a word."""
+    monkeypatch.setattr(type(ours.opts), "sd_vae_decode_method", "Full", raising=False)
+    lost(ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ours.opts), "sd_vae_decode_method", "TAESD")
+        images, (told,) = ours.decoding.decode_all()
+        assert "It was to be decoded with Full, and now TAESD is chosen. Choose that, then decode." in told
+        assert images == []
+    assert len(ours.decoding.decode_all()[0]) == 1
+
+
 def test_tiling_and_another_vae_are_remembered(ours, monkeypatch):
     import sys
     from types import ModuleType

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -68,6 +69,49 @@ def test_in_bands_always(server, model, request_, path):
     server.options(subquad_vae_bands="never")
     image, told = server.generate(path, **request_)
     assert apart(image, expected) <= FARTHEST and "Subquad VAE bands: never" in told and "computed: in" not in told
+
+
+def test_previews_in_full_come_meanwhile(server, webui):
+    """On a thread of their own, which decodes as well."""
+    server.load(webui.model("SD 1"))
+    size = {"width": 320, "height": 192, "steps": 12}
+    expected = server.generate_with_sdp(**size)
+    server.options(subquad_vae_bands="always", show_progress_type="Full", show_progress_every_n_steps=1)
+    previews = set()
+    with ThreadPoolExecutor(1) as threads:
+        making = threads.submit(server.generate, **size)
+        while not making.done():
+            previews.add(server.call("/sdapi/v1/progress")["current_image"])
+        image, told = making.result()
+    assert len(previews - {None}) > 1
+    assert apart(image, expected) <= FARTHEST and "Subquad VAE computed: in bands" in told
+
+
+def test_a_refiner_decodes_what_it_refined(server, models):
+    """With a VAE of its own, which was loaded while the image was sampled."""
+    server.load(models[0])
+    refined = {"refiner_checkpoint": models[1].path.name, "refiner_switch_at": 0.5, "steps": 4}
+    expected = server.generate_with_sdp(**refined)
+    server.options(subquad_vae_bands="always")
+    image, told = server.generate(**refined)
+    assert apart(image, expected) <= FARTHEST
+    assert "Refiner: " in told and "Subquad VAE computed: in bands" in told
+
+
+@pytest.mark.parametrize("flag", ["--medvram", "--lowvram"])
+def test_a_vae_that_is_moved_about(webui, flag):
+    model = webui.model("SD 1")
+    with webui.running("--nowebui", flag, sd_model_checkpoint=model.path.name) as server:
+        server.select(TITLE)
+        expected = server.generate_with_sdp()
+        server.options(subquad_vae_bands="always")
+        first, told = server.generate()
+        assert apart(first, expected) <= FARTHEST and "Subquad VAE computed: in bands" in told
+        request = {"init_images": [encoded(first)], "denoising_strength": 0.6}
+        expected = server.generate_with_sdp("/sdapi/v1/img2img", **request)
+        image, _ = server.generate("/sdapi/v1/img2img", **request)
+        assert apart(image, expected) <= FARTHEST
+        assert "Traceback" not in server.log
 
 
 @pytest.fixture(scope="module")

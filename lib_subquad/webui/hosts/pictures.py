@@ -73,10 +73,11 @@ class Pictures:
         return told
 
     def made_by(self, model: object) -> dict[str, object]:
-        """What this request's pictures are decoded with: checkpoint, VAE, and whether their edges meet."""
+        """What this request's pictures are decoded with: checkpoint, VAE, which way of decoding, and whether their
+        edges meet."""
         p, names = self._request(), {"vae": "sd_vae_name", "tiling": "tiling"}
         told = {key: getattr(p, name) for key, name in names.items() if hasattr(p, name)}
-        return {"checkpoint": _checkpoint_of(model), **told}
+        return {"checkpoint": _checkpoint_of(model), "way": _way_of_decoding(), **told}
 
     def make_ready(self, made_by: Mapping[str, object]) -> None:
         """Load and set what these pictures are to be decoded with, as far as the user has chosen it.
@@ -92,6 +93,10 @@ class Pictures:
         if callable(named) and "vae" in made_by and made_by["vae"] != (loaded := named()):
             was, now = (name or "the checkpoint's own" for name in (made_by["vae"], loaded))
             raise UserError(f"Its VAE was {was}, and now it is {now}.", "Choose that VAE, then decode.")
+        if (way := made_by.get("way")) and way != (chosen := _way_of_decoding()):
+            raise UserError(
+                f"It was to be decoded with {way}, and now {chosen} is chosen.", "Choose that, then decode."
+            )
         if "tiling" in made_by:
             _set_tiling(self._host.model(), made_by["tiling"])
 
@@ -129,6 +134,11 @@ def _checkpoint_of(model: object) -> str:
     """The name of its file, as the web UI's list has it; empty where it does not tell."""
     info = getattr(model, "sd_checkpoint_info", None)
     return str(getattr(info, "name", "") or getattr(info, "title", ""))
+
+
+def _way_of_decoding() -> str:
+    """By the VAE, or by a small stand-in for it; empty where the user has no choice."""
+    return str(getattr(shared.opts, "sd_vae_decode_method", ""))
 
 
 def _load_chosen() -> None:
