@@ -23,6 +23,8 @@ for name, callback in host().callbacks().items():
 if hasattr(script_callbacks, "on_before_process"):  # some generations leave the script below out
     script_callbacks.on_before_process(infotext.begin)
     script_callbacks.on_after_process(infotext.end)
+if hasattr(script_callbacks, "on_before_image_saved"):
+    script_callbacks.on_before_image_saved(infotext.before_image_saved)
 
 
 class Subquad(scripts.Script):
@@ -49,3 +51,6 @@ class Subquad(scripts.Script):
 
     def postprocess_batch(self, p, *args, **kwargs):
         infotext.finish_batch(p)
+
+    def postprocess(self, p, processed, *args):
+        infotext.postprocess(p, processed)

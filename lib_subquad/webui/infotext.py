@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Mapping
 
 from .. import memory
 from ..console import say
@@ -15,6 +17,8 @@ MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
 BANDS = "Subquad VAE computed"  # in bands, or on the processor: last bits differ
 COMPUTED = "Subquad computed"  # all engines that computed an image for which one was set that did not do it alone
+AFTERWARDS = (RETRIES, MEASURED, RERUNS, BANDS, COMPUTED)  # known only when an image is there
+TOLD = "subquad_told"  # an attribute of a request: by the number of a batch, what its infotexts are to tell
 
 _said: set[str] = set()
 
@@ -22,8 +26,9 @@ _said: set[str] = set()
 def begin(p) -> None:
     """At `process`, when this request's overrides are in force; and before, where the web UI tells of all requests."""
     # What was said of the image before: the cells of a grid share their parameters.
-    for name in (RETRIES, RERUNS, MEASURED, BANDS, COMPUTED, *options.INFOTEXT.values()):
+    for name in (*AFTERWARDS, *options.INFOTEXT.values()):
         p.extra_generation_params.pop(name, None)
+    setattr(p, TOLD, {})
     status.begin(_images(p), host().settings().engine)
     if (vae := host().vae) is not None:
         vae.pictures.begin(p)
@@ -61,7 +66,7 @@ def begin_batch(p) -> None:
 
 
 def finish_batch(p) -> None:
-    """At `postprocess_batch`, before infotexts are made: smaller chunks change an image's last bits."""
+    """At `postprocess_batch`, before most web UIs make infotexts: smaller chunks change an image's last bits."""
     seen = status.generation()
     if host().active and not host().interrupted():
         seen.reach = host().reach(seen.served)
@@ -78,13 +83,44 @@ def finish_batch(p) -> None:
             say(f"[subquad] {instead}")
     if seen.measured:
         p.extra_generation_params[MEASURED] = "; ".join(sorted(set(map(_written, list(seen.measured)))))
+    names = (*AFTERWARDS, options.INFOTEXT["engine"])
+    told = {name: p.extra_generation_params[name] for name in names if name in p.extra_generation_params}
+    getattr(p, TOLD, {})[getattr(p, "iteration", 0)] = told
+
+
+def before_image_saved(params) -> None:
+    """Some web UIs make infotexts before they decode: what they could not tell is added in the file."""
+    told = getattr(params.p, TOLD, {}).get(getattr(params.p, "iteration", 0))
+    if told and (infotext := params.pnginfo.get("parameters")):
+        params.pnginfo["parameters"] = telling(infotext, told)
+
+
+def postprocess(p, processed) -> None:
+    """And on the page."""
+    batches: dict[int, dict[str, object]] = getattr(p, TOLD, {})
+    with contextlib.suppress(AttributeError, TypeError, ArithmeticError):  # others fill it in as they like
+        first, per_batch = processed.index_of_first_image, processed.batch_size
+        for index, infotext in enumerate(processed.infotexts):
+            processed.infotexts[index] = telling(infotext, batches.get((index - first) // per_batch, {}))
+        processed.info = telling(processed.info, batches.get(0, {}))
+
+
+def telling(infotext: str, told: Mapping[str, object]) -> str:
+    """The infotext with these parameters, in the place of what it says of them."""
+    if not (infotext and told):
+        return infotext
+    before, line, parameters = infotext.rstrip().rpartition("\n")
+    for name, value in told.items():
+        parameters, replaced = re.subn(rf"(?<={re.escape(name)}: )[^,]*", lambda _, it=value: str(it), parameters)
+        parameters += "" if replaced else f", {name}: {value}"
+    return f"{before}{line}{parameters}"
 
 
 def decoded_later(infotext: str | None, seen: status.Generation) -> str | None:
     """The infotext of an image that was sampled before: what is `seen` of decoding it is told as well."""
-    if not infotext or seen.bands is None or f"{BANDS}: " in infotext:
+    if not infotext or seen.bands is None:
         return infotext
-    return f"{infotext}, {BANDS}: {_where_bands(seen)}"
+    return telling(infotext, {BANDS: _where_bands(seen)})
 
 
 def _where_bands(seen: status.Generation) -> str:

@@ -32,7 +32,7 @@ def in_use(server):
         ({}, "txt2img"),
         ({"width": 192, "batch_size": 2}, "txt2img"),
         ({"tiling": True}, "txt2img"),
-        ({**HIRES, "hr_upscaler": "Latent"}, "txt2img"),
+        ({**HIRES, "hr_upscaler": "Latent (antialiased)"}, "txt2img"),
         ({"denoising_strength": 0.9}, "img2img"),
     ],
     ids=["plain", "batch", "tiling", "hires", "img2img"],
@@ -41,6 +41,8 @@ def test_in_bands_always(server, request_, path):
     path = f"/sdapi/v1/{path}"
     if path.endswith("img2img"):
         request_ = {**request_, "init_images": [as_png(server.generate()[0])]}
+    if "tiling" in request_ and isinstance(server.options()["tiling"], str):
+        pytest.skip("in this web UI Tiling is no switch, and no request over HTTP can ask for it")
     server.options(subquad_vae_bands="never")
     expected, told = server.generate_all(path, **request_)
     assert not any("computed: in" in it for it in told)
@@ -57,8 +59,11 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(forge):
     with forge.running("--nowebui") as server:
         server.use("everything")
         expected, _ = server.generate(**LARGE)
+        before = server.log.count("4/4")
         with server.shrinking(24 * MIB):
             code, answer = server.ask("/sdapi/v1/txt2img", {"prompt": "a cat", "seed": 1, "cfg_scale": 7, **LARGE})
+        if code == 500 and server.log.count("4/4") == before:
+            pytest.skip("this web UI needs more memory for the last step than for the VAE")
         assert code == 500 and "What was sampled is kept in" in answer.decode()
         (path,) = forge.data.rglob("subquad-latent-*.safetensors")
         assert server.call("/subquad/v1/kept")["waiting"] == [path.name]

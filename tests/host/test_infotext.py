@@ -201,6 +201,35 @@ def test_an_engine_that_gave_way_is_told_with_what_was_wrong(subquad, capsys):
     assert "the engine is set to sage, but fused computed some of the calls: it gave NaN\n" in capsys.readouterr().out
 
 
+def test_an_infotext_that_was_made_before_is_told_what_came_after(subquad):
+    """As a web UI does that makes those of a batch before it decodes: on the page, and in the file."""
+    subquad.select("subquad")
+    subquad.opts.data["subquad_engine"] = "fused"
+    p = SimpleNamespace(extra_generation_params={}, iteration=0, batch_size=2)
+    subquad.infotext.begin(p)
+    made = "Subquad engine: x\nSteps: 1, Size: 8x8, Subquad engine: fused, Version: 1\n"
+    files = []
+    for p.iteration in range(2):
+        if p.iteration == 1:
+            subquad.status.record(Plan("portable", 64, 64, 1, 1, retries=3))
+        subquad.infotext.finish_batch(p)
+        params = SimpleNamespace(p=p, pnginfo={"parameters": made})
+        subquad.infotext.before_image_saved(params)
+        files.append(params.pnginfo["parameters"])
+    second = "Subquad engine: x\nSteps: 1, Size: 8x8, Subquad engine: portable, Version: 1, Subquad retries: 3"
+    assert [it.strip() for it in files] == [made.strip(), second]
+    grid = ["grid", *[made] * 4, "of another"]
+    processed = SimpleNamespace(infotexts=grid, info=grid[0], index_of_first_image=1, batch_size=2)
+    subquad.infotext.postprocess(p, processed)
+    assert [it.strip() for it in processed.infotexts] == ["grid", *[made.strip()] * 2, *[second] * 2, "of another"]
+    subquad.infotext.postprocess(p, processed)
+    assert processed.infotexts[3] == second  # once
+    for params in (SimpleNamespace(p=None, pnginfo={"parameters": made}), SimpleNamespace(p=p, pnginfo={})):
+        subquad.infotext.before_image_saved(params)
+        assert set(params.pnginfo.values()) <= {made}
+    subquad.infotext.postprocess(SimpleNamespace(), None)
+
+
 def test_who_computed_is_written_so_that_it_is_read_back(subquad):
     """Released names stay, and pasting sets the engine that made the image."""
     written = recorded(subquad, "xformers", Plan("fused", 64, 64, 1, 1000, NOT_INSTALLED))
