@@ -1,7 +1,7 @@
 """The VAE's decoder and encoder in bands of rows: exact, and in less than half the memory."""
 
 from .bands import BandPlan, plan_bands, usual_bytes
-from .fallbacks import Report, as_it_fits
+from .fallbacks import as_it_fits
 from .halves import Interrupted, in_bands, why_not
 from .parts import HOMES, steps_of
 
@@ -9,7 +9,6 @@ __all__ = [
     "HOMES",
     "BandPlan",
     "Interrupted",
-    "Report",
     "as_it_fits",
     "in_bands",
     "plan_bands",

@@ -11,6 +11,8 @@ from . import infotext, latents, status, words
 from .hosts import host
 from .words import Said
 
+_under_way: tuple[str, int, int] | None = None  # the name of a file, its number, and how many there are
+
 
 def waiting() -> list[Path]:
     """The files of what is to be decoded."""
@@ -22,6 +24,7 @@ def decode_all() -> tuple[list[Path], list[str]]:
 
     Never raises: what cannot be decoded stays where it is, and the sentence says why.
     """
+    global _under_way
     files = waiting()
     if not files:
         return [], [words.NOTHING_KEPT]
@@ -33,7 +36,8 @@ def decode_all() -> tuple[list[Path], list[str]]:
     try:
         host().prepare()
         with host().vae.pictures.job("subquad"):
-            for path in files:
+            for number, path in enumerate(files, 1):
+                _under_way = path.name, number, len(files)
                 try:
                     images = _decoded(path)
                 except Interrupted:
@@ -46,6 +50,7 @@ def decode_all() -> tuple[list[Path], list[str]]:
                 told.append(str(Said(words.DECODED, file=path.name, images=", ".join(map(str, images)))))
                 say(f"[subquad] {told[-1]}")
     finally:
+        _under_way = None
         try:
             devices.release_cached(host().device())
         finally:  # without the lock no image is made any more
@@ -53,16 +58,34 @@ def decode_all() -> tuple[list[Path], list[str]]:
     return made, told
 
 
+def progress() -> Said | None:
+    """How far it is, while something that was kept is decoded."""
+    if (now := _under_way) is None:
+        return None
+    file, number, count = now
+    return Said(words.DECODING, file=file, number=number, count=count, share=f"{host().vae.share:.0%}")
+
+
+def stop() -> str:
+    """End it after the band that is under way: a sentence. What has not been decoded waits on."""
+    if _under_way is None:
+        return words.NOT_DECODING
+    host().interrupt()
+    return words.DECODING_STOPS
+
+
 def _decoded(path: Path) -> list[Path]:
     kept, vae = latents.read(path), host().vae
     vae.pictures.make_ready(kept.made_by)
-    seen = status.Generation()  # that of the page is another
-    pictures = vae.decoded(kept.latents, seen.record_bands)
+    with status.apart() as seen:
+        pictures = vae.decoded(kept.latents)
     images = []
     for picture, told in zip(pictures, kept.images):
         told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
         images.append(vae.pictures.save(picture, kept.folder, told))
     latents.done(path, host().data_folder())
+    if str(path) in status.generation().kept:
+        status.kept("")
     return images
 
 

@@ -15,7 +15,7 @@ from .hosts import host
 RETRIES = "Subquad retries"
 MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
-BANDS = "Subquad VAE computed"  # in bands, or on the processor: last bits differ
+BANDS = "Subquad VAE computed"  # in bands, or on the processor: last bits differ; or interrupted: an image is a sketch
 COMPUTED = "Subquad computed"  # all engines that computed an image for which one was set that did not do it alone
 AFTERWARDS = (RETRIES, MEASURED, RERUNS, BANDS, COMPUTED)  # known only when an image is there
 TOLD = "subquad_told"  # an attribute of a request: by the number of a batch, what its infotexts are to tell
@@ -31,7 +31,7 @@ def begin(p) -> None:
     setattr(p, TOLD, {})
     status.begin(_images(p), host().settings().engine)
     if (vae := host().vae) is not None:
-        vae.pictures.begin(p)
+        vae.pictures.begin(p, finish_batch)
     memory.forget()  # the model may have been moved since
     host().prepare()
     if host().active:
@@ -74,8 +74,8 @@ def finish_batch(p) -> None:
         p.extra_generation_params[RETRIES] = seen.retries or "remembered"
     if seen.reruns:
         p.extra_generation_params[RERUNS] = seen.reruns
-    if seen.bands is not None:
-        p.extra_generation_params[BANDS] = _where_bands(seen)
+    if decoded := _how_decoded(seen):
+        p.extra_generation_params[BANDS] = decoded
     if instead := status.instead(seen):
         _tell_who_computed(p, seen)
         if instead not in _said:
@@ -118,13 +118,16 @@ def telling(infotext: str, told: Mapping[str, object]) -> str:
 
 def decoded_later(infotext: str | None, seen: status.Generation) -> str | None:
     """The infotext of an image that was sampled before: what is `seen` of decoding it is told as well."""
-    if not infotext or seen.bands is None:
+    if not infotext:
         return infotext
-    return telling(infotext, {BANDS: _where_bands(seen)})
+    told, decoded = re.sub(rf", {BANDS}: [^,\n]*", "", infotext), _how_decoded(seen)
+    return telling(told, {BANDS: decoded} if decoded else {})
 
 
-def _where_bands(seen: status.Generation) -> str:
-    return "on the processor" if seen.on_processor else "in bands"
+def _how_decoded(seen: status.Generation) -> str:
+    if seen.sketched:
+        return "interrupted"
+    return "" if seen.bands is None else "on the processor" if seen.on_processor else "in bands"
 
 
 def _tell_who_computed(p, seen: status.Generation) -> None:

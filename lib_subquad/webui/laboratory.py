@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 
 from modules import shared
@@ -233,10 +234,20 @@ class Laboratory:
         then = words.MEASURED_AGAIN if goes_by_measurements(host().settings()) else words.RULES_DECIDE
         return str(Said(words.FORGOTTEN, kinds=status.counted(count, "kind", "kinds"), then=then)), {}
 
-    def decode(self) -> str:
-        """Decode what was kept: what became of it, as HTML."""
-        _, told = decoding.decode_all()
-        return "".join(words.line(escape(sentence)) for sentence in told)
+    def decode(self) -> Iterator[str]:
+        """Decode what was kept: how far it is, and at last what became of it, as HTML."""
+        with ThreadPoolExecutor(1) as worker:
+            decoded = worker.submit(decoding.decode_all)
+            while not decoded.done():
+                if told := decoding.progress():
+                    yield words.line(told.html())
+                wait([decoded], TURN_SECONDS)
+            _, sentences = decoded.result()
+        yield "".join(words.line(escape(sentence)) for sentence in sentences)
+
+    def stop_decoding(self) -> str:
+        """Stop that: a sentence."""
+        return decoding.stop()
 
     def waiting(self) -> str:
         """What waits to be decoded, as HTML; empty where nothing does."""

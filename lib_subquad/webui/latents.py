@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..console import UserError, first_line
+from ..console import UserError, first_line, say
 from ..lab.whole import write_whole
 
 LIST = "subquad_latents.json"  # in the web UI's data folder
@@ -65,7 +65,7 @@ def keep(
         except OSError as error:
             why = error
             continue
-        _write_list([*waiting(data_folder), path], data_folder)
+        _write_list([*_listed(data_folder), path], data_folder)
         return path
     raise why
 
@@ -91,26 +91,59 @@ def read(path: Path) -> Sampled:
 
 
 def waiting(data_folder: Path | None) -> list[Path]:
-    """The files on the list that are still there, the oldest first. Never raises."""
+    """The files on the list that are there now, the oldest first. Never raises."""
+    return list(filter(_is_file, _listed(data_folder)))
+
+
+def _listed(data_folder: Path | None) -> list[Path]:
+    """All of the list but those that were deleted; what lies on a drive that is away may come back."""
     found: list[object] = list(_here)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if data_folder is not None:
-            with open(data_folder / LIST, "rb") as file:
-                found += json.loads(file.read(LARGEST_LIST))["files"]
+    if data_folder is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            found += _read_list(data_folder / LIST)
+    paths = map(Path, dict.fromkeys(str(it) for it in found))
+    return [path for path in paths if _is_file(path) or not _is_folder(path.parent)]
+
+
+def _read_list(path: Path) -> list[object]:
+    with open(path, "rb") as file:
+        return list(json.loads(file.read(LARGEST_LIST))["files"])
+
+
+def _is_file(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # no path of this system
+        return path.is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return [path for path in map(Path, dict.fromkeys(str(it) for it in found)) if path.is_file()]
-    return []
+        return path.is_dir()
+    return False
 
 
 def done(path: Path, data_folder: Path | None) -> None:
     """Its images are there. The file stays, off the list."""
-    _write_list([it for it in waiting(data_folder) if it != path], data_folder)
+    _write_list([it for it in _listed(data_folder) if it != path], data_folder)
+
+
+def _put_aside_what_cannot_be_read(path: Path) -> None:
+    """For whoever looks for files that a broken list named."""
+    try:
+        _read_list(path)
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, RecursionError):
+        aside = path.with_suffix(".broken.json")
+        path.replace(aside)
+        say(f"[subquad] {path} cannot be read, and is {aside.name} now: there is a new list of what waits.")
 
 
 def _write_list(paths: Iterable[Path], data_folder: Path | None) -> None:
     _here[:] = dict.fromkeys(paths)
     with contextlib.suppress(OSError):  # then it is on the list as long as the web UI runs
         if data_folder is not None:
+            _put_aside_what_cannot_be_read(data_folder / LIST)
             files = list(map(str, _here))
             write_whole(data_folder / LIST, json.dumps({"files": files}, indent=1).encode())
             _here.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,7 +60,7 @@ class Generation:
     before it, and then what was found; `measured` holds the findings that its calls went by instead of by the fixed
     order. `number` tells it from those before; `images` are what was asked for, as far as that can be told. `bands` is
     the largest plan by which the VAE was computed in bands, `on_processor` whether a card had no room even for those;
-    `kept` says where there is what could not be decoded.
+    `kept` says where there is what could not be decoded; `sketched`: an interrupt is why, and images are sketches.
     """
 
     begun: bool = False
@@ -80,6 +82,7 @@ class Generation:
     bands: BandPlan | None = None
     on_processor: bool = False
     kept: str = ""
+    sketched: bool = False
 
     def record(self, plan: Plan, place: object | None) -> None:
         self.calls += 1
@@ -120,9 +123,20 @@ def record_bands(plan: BandPlan) -> None:
     _generation.record_bands(plan)
 
 
-def kept(sentence: str) -> None:
+def kept(sentence: str, sketched: bool = False) -> None:
     """Where there is what was sampled and not decoded."""
-    _generation.kept = sentence
+    _generation.kept, _generation.sketched = sentence, sketched
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[Generation]:
+    """What is computed meanwhile belongs to no generation that is told of later."""
+    global _generation
+    before, _generation = _generation, Generation()
+    try:
+        yield _generation
+    finally:
+        _generation = before
 
 
 def pass_on(reason: str) -> None:

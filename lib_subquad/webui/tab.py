@@ -86,7 +86,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             message = gr.HTML(elem_id="subquad_message")
             with gr.Column(visible=False) as rescue:
                 kept = gr.HTML(elem_id="subquad_kept")
-                decode = _button("decode", variant="primary")
+                with gr.Row():
+                    decode, stop = _button("decode", variant="primary"), _button("stop", visible=False)
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -140,7 +141,12 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done = on(button.click, _and_tell(action), given, [told, payload])
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
-        then_look(on(decode.click, _decode, None, [message], {} if with_queue else {"queue": False}))
+        on(stop.click, _stop_decoding, None, [message])
+        decoded = [message, decode, stop]
+        if with_queue:
+            then_look(on(decode.click, _decode, None, decoded, {"show_progress": "hidden"}))
+        else:
+            then_look(on(decode.click, _decode_at_once, None, decoded))
         opened = [*asked, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
         show = _answering(_open, len(looked) + len(question))
@@ -279,7 +285,20 @@ def _apply(visit: Visit):
 
 
 def _decode():
-    return [LABORATORY.decode()]
+    """The generator behind Decode: how far it is and at last the answer, and the two buttons."""
+    yield [gr.update(), gr.update(interactive=False), gr.update(visible=True)]
+    for told in LABORATORY.decode():
+        yield [told, gr.update(), gr.update()]
+    yield [gr.update(), gr.update(interactive=True), gr.update(visible=False)]
+
+
+def _decode_at_once():
+    *_, told = LABORATORY.decode()
+    return [told, gr.update(), gr.update()]
+
+
+def _stop_decoding():
+    return [words.line(LABORATORY.stop_decoding())]
 
 
 def _and_tell(action):

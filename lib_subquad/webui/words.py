@@ -42,6 +42,7 @@ LABELS = {
     "about": "About: what these words mean, and what was measured before",
     "forget": "Forget what was measured",
     "decode": "Decode what was kept",
+    "stop": "Stop decoding",
 }
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
@@ -138,11 +139,14 @@ FAILED = "That did not work: {error}"
 WAIT_TO_BE_DECODED = (
     "Memory did not suffice to decode what was sampled, or decoding was interrupted. It is kept: {files}"
 )
+DECODING = "Decoding {file}, {number} of {count}: {share}"
+DECODING_STOPS = "Decoding stops as soon as the part that is under way is done."
+NOT_DECODING = "Nothing is being decoded."
 NO_DECODER = "This web UI shows no way to decode it."
 NOTHING_KEPT = "Nothing waits to be decoded."
-DECODE_LATER = "An image is being made: decode when it is done."
+DECODE_LATER = "An image is being made or decoded: decode when that is done."
 DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."
-NOT_DECODED = "{file} is not decoded, and stays where it is: {why}"
+NOT_DECODED = "{file} is not decoded, and stays where it is until you delete it: {why}"
 DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
 STILL_TOO_LITTLE = "There is still too little memory. Close other programs that use it, then decode."
 

@@ -37,6 +37,7 @@ def test_every_event_is_known_here(page):
         *((f"subquad_{name}", "change") for name in ("checkpoint", "width", "height", "batch")),
         ("subquad_ask", "click"),
         ("subquad_look", "click"),
+        ("subquad_stop", "click"),
         *((f"subquad_{name}", "click") for name in ("measure", *BUTTONS)),
         *((f"subquad_{name}", "then") for name in ("go", "measure", *BUTTONS)),
         ("subquad_go", "change"),
@@ -71,6 +72,7 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
         ("subquad_undo", "There is nothing to undo."),
         ("subquad_forget", "Nothing has been measured on this device."),
         ("subquad_decode", "Nothing waits to be decoded."),
+        ("subquad_stop", "Nothing is being decoded."),
         ("subquad_measure", "Measuring begins as soon as it is its turn."),
         ("subquad_ask", "subquad is not active"),
         ("subquad_look", "subquad is not active"),
@@ -78,6 +80,8 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
 )
 @pytest.mark.parametrize("session", ["somebody", None])
 def test_buttons_that_take_no_question_ignore_what_is_sent(page, element, said, value, session):
+    if element == "subquad_decode" and session is None:
+        pytest.skip("what answers again and again needs a session in gradio 3")
     assert said in sentences(page.send(element, "click", [value], session))
 
 
@@ -130,7 +134,7 @@ def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("half a character \ud800 <b>")
 
-    for name in ("apply", "undo", "forget", "cancel", "decode", "request", "look"):
+    for name in ("apply", "undo", "forget", "cancel", "decode", "stop_decoding", "request", "look"):
         monkeypatch.setattr(LABORATORY, name, broken)
     page = Page(build("a prompt", 1, (64, 64), 1).queue())
     for name in ("question", "titles"):

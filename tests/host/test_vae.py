@@ -188,7 +188,7 @@ def test_another_checkpoint_than_the_one_that_made_it(ours, monkeypatch):
 def test_not_while_an_image_is_made(ours):
     lost(ours)
     with ours.host.lock():
-        assert ours.decoding.decode_all() == ([], ["An image is being made: decode when it is done."])
+        assert ours.decoding.decode_all() == ([], ["An image is being made or decoded: decode when that is done."])
     assert len(ours.decoding.decode_all()[0]) == 1
     assert not ours.host.waiting()
 
@@ -203,7 +203,7 @@ def test_a_file_that_is_broken_stays_and_says_so(ours, content):
         save({"latents": torch.zeros(1, 4, 8, 8)}, {"subquad_latents": "2"}) if content is None else content
     )
     images, (told,) = ours.decoding.decode_all()
-    assert images == [] and told.startswith(f"{path.name} is not decoded, and stays where it is: {path.name} cannot be")
+    assert images == [] and told.startswith(f"{path.name} is not decoded, and stays where it is until you delete it: ")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,70 @@ def test_a_list_that_is_broken_is_no_list(ours, content):
     assert ours.decoding.waiting() == []
     lost(ours)
     assert len(ours.decoding.waiting()) == 1
+    aside = [it.read_text(encoding="utf-8") for it in ours.folder.glob("subquad_latents.broken.json")]
+    assert aside == ([] if content.startswith('{"files": [') else [content])
     assert json.loads((ours.folder / ours.latents.LIST).read_text(encoding="utf-8"))["files"] == [str(*kept(ours))]
+
+
+def test_what_lies_on_a_drive_that_is_away_stays_on_the_list(ours, monkeypatch):
+    lost(ours, seed=1)
+    (ours.folder / "images").rename(ours.folder / "away")
+    monkeypatch.setattr(type(ours.opts), "outdir_samples", str(ours.folder / "others"))
+    lost(ours, seed=2)
+    assert len(ours.decoding.waiting()) == 1 and len(ours.decoding.decode_all()[0]) == 1
+    (ours.folder / "away").rename(ours.folder / "images")
+    assert len(kept_again(ours)) == 1
+
+
+def test_decoding_later_is_of_no_generation(ours):
+    """And what the status said of the file is over with it."""
+    lost(ours)
+    ours.generate(seed=7)
+    before = ours.status.summary()
+    assert len(ours.decoding.decode_all()[0]) == 1 and ours.status.summary() == before
+    lost(ours)
+    assert "is kept in" in ours.status.summary()
+    ours.decoding.decode_all()
+    assert "is kept in" not in ours.status.summary()
+
+
+def test_a_checkpoint_of_another_name_is_the_same(ours, monkeypatch):
+    model = ours.host.model()
+    monkeypatch.setattr(model, "sd_checkpoint_info", SimpleNamespace(name="one", sha256="abc"), raising=False)
+    lost(ours)
+    model.sd_checkpoint_info.name = "renamed"
+    model.sd_checkpoint_info.sha256 = "def"
+    assert "It was made with one." in ours.decoding.decode_all()[1][0]
+    model.sd_checkpoint_info.sha256 = "abc"
+    assert len(ours.decoding.decode_all()[0]) == 1
+
+
+def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
+    from modules import shared
+
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    assert LABORATORY.stop_decoding() == "Nothing is being decoded."
+    monkeypatch.setattr(type(shared.state), "textinfo", None, raising=False)
+    lost(ours)
+    (path,) = kept(ours)
+    ours.opts.subquad_vae_bands = "always"
+    going_on, announce = threading.Event(), type(ours.host).announce
+
+    def announced(host, text):
+        going_on.wait(30)
+        return announce(host, text)
+
+    monkeypatch.setattr(type(ours.host), "announce", announced)
+    steps = LABORATORY.decode()
+    assert f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>: <bdi>" in next(steps)
+    assert "stops as soon as" in LABORATORY.stop_decoding()
+    going_on.set()
+    *_, told = steps
+    assert f"Decoding {path.name} was interrupted. It stays where it is." in told
+    assert ours.decoding.waiting() == [path] and not ours.host.vae.share
+    ours.opts.subquad_vae_bands = "when needed"
+    shared.state.interrupted = False
 
 
 def test_where_no_folder_takes_it_the_next_one_does(ours, monkeypatch):
@@ -463,6 +526,6 @@ def test_the_tab_offers_to_decode_what_waits(ours):
     (path,) = kept(ours)
     waits, button = shown()
     assert f"It is kept: <bdi>{path}</bdi>" in waits and button == tab._update({"visible": True})
-    (told,) = tab._decode()
-    assert f"Decoded {path.name}: " in told
+    *_, (told, *_), (_, decode, stop) = tab._decode()
+    assert f"Decoded {path.name}: " in told and decode["interactive"] and not stop["visible"]
     assert shown() == ["", tab._update({"visible": False})]

@@ -165,6 +165,12 @@ class Host:
         state = getattr(shared, "state", None)
         return bool(getattr(state, "interrupted", False) or getattr(state, "skipped", False))
 
+    def interrupt(self) -> None:
+        """Cut short what is under way, as the web UI's own button does."""
+        state = getattr(shared, "state", None)
+        if hasattr(state, "interrupted"):
+            state.interrupted = True
+
     def set(self, key: str, value: object) -> bool:
         """Change one of the web UI's settings, as its own page does; whether it changed.
 

@@ -31,10 +31,12 @@ class Pictures:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._request: Callable[[], object] = lambda: None
+        self._tell: Callable[[object], None] = lambda p: None
 
-    def begin(self, p: object) -> None:
-        """A request begins; what is to be known of it is asked of it until the next one does."""
-        self._request = lambda: None
+    def begin(self, p: object, tell: Callable[[object], None] = lambda p: None) -> None:
+        """A request begins; what is to be known of it is asked of it until the next one does. `tell` writes into it
+        what its infotexts are to tell so far."""
+        self._request, self._tell = lambda: None, tell
         with contextlib.suppress(TypeError):
             self._request = weakref.ref(p)
 
@@ -68,16 +70,22 @@ class Pictures:
             index += getattr(p, "iteration", 0) * p.batch_size
             told["seed"] = p.all_seeds[index]
             if getattr(shared.opts, "enable_pnginfo", True):
+                self._tell(p)
                 told["prompt"], given = p.all_prompts[index], (p.all_prompts, p.all_seeds, p.all_subseeds)
                 told["infotext"] = module("processing").create_infotext(p, *given, index=index)
         return told
+
+    def comment(self, sentence: str) -> None:
+        """Say something below the images of the last request, where the web UI has a place for it."""
+        with contextlib.suppress(Exception):  # every web UI's own
+            self._request().comment(sentence)  # type: ignore[attr-defined]
 
     def made_by(self, model: object) -> dict[str, object]:
         """What this request's pictures are decoded with: checkpoint, VAE, which way of decoding, and whether their
         edges meet."""
         p, names = self._request(), {"vae": "sd_vae_name", "tiling": "tiling"}
         told = {key: getattr(p, name) for key, name in names.items() if hasattr(p, name)}
-        return {"checkpoint": _checkpoint_of(model), "way": _way_of_decoding(), **told}
+        return {"checkpoint": _checkpoint_of(model), "hash": _hash_of(model), "way": _way_of_decoding(), **told}
 
     def make_ready(self, made_by: Mapping[str, object]) -> None:
         """Load and set what these pictures are to be decoded with, as far as the user has chosen it.
@@ -85,9 +93,10 @@ class Pictures:
         Raises:
             UserError: something else is chosen.
         """
-        if (wanted := made_by.get("checkpoint")) and wanted != _checkpoint_of(self._host.model()):
+        if not self._is_loaded(made_by):
             _load_chosen()
-            if wanted != _checkpoint_of(self._host.model()):
+            if not self._is_loaded(made_by):
+                wanted = made_by["checkpoint"]
                 raise UserError(f"It was made with {wanted}.", "Choose that checkpoint, then decode.")
         named = getattr(module("sd_vae"), "get_loaded_vae_name", None)
         if callable(named) and "vae" in made_by and made_by["vae"] != (loaded := named()):
@@ -99,6 +108,11 @@ class Pictures:
             )
         if "tiling" in made_by:
             _set_tiling(self._host.model(), made_by["tiling"])
+
+    def _is_loaded(self, made_by: Mapping[str, object]) -> bool:
+        """Whether its checkpoint is in memory, under whatever name; as far as it is known."""
+        model, wanted, content = self._host.model(), made_by.get("checkpoint"), made_by.get("hash")
+        return not wanted or wanted == _checkpoint_of(model) or bool(content) and content == _hash_of(model)
 
     @contextlib.contextmanager
     def job(self, name: str) -> Iterator[None]:
@@ -134,6 +148,11 @@ def _checkpoint_of(model: object) -> str:
     """The name of its file, as the web UI's list has it; empty where it does not tell."""
     info = getattr(model, "sd_checkpoint_info", None)
     return str(getattr(info, "name", "") or getattr(info, "title", ""))
+
+
+def _hash_of(model: object) -> str:
+    """Of its file; empty where it does not tell, or nobody has asked for it yet."""
+    return str(getattr(getattr(model, "sd_checkpoint_info", None), "sha256", None) or "")
 
 
 def _way_of_decoding() -> str:

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 HALVES = ("Decoder", "Encoder", "VAEDecoder", "VAEEncoder")
 DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled to pictures
 PIXELS = 8  # of a latent, in each direction
+INTERRUPTED = "Decoding was interrupted: what was not done is a sketch."
 _NOTHING: tuple[Callable[[], object], Path | None] = (lambda: None, None)
 
-# Who is told of bands while this thread makes pictures to be kept, and not a preview or what another extension wants
-# for itself.
-_report: ContextVar[vae.Report | None] = ContextVar("subquad_report", default=None)
+# Whether this thread makes pictures to be kept, and not a preview or what another extension wants for itself.
+_makes_pictures: ContextVar[bool] = ContextVar("subquad_makes_pictures", default=False)
 
 
 class Vae:
@@ -46,6 +46,7 @@ class Vae:
         self.pictures = Pictures(host)
         self._halves: dict[type, Hook] = {}
         self._decode: Hook | None = None
+        self.share = 0.0  # of the picture that is made in bands at this moment
         self._kept = _NOTHING  # the tensor that was kept last, and where
 
     def apply(self) -> None:
@@ -98,12 +99,12 @@ class Vae:
         how = {"settings": self._host.settings(), "forward": hook.beneath}
         if _half_encodes(half):
             return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
-        if (report := _report.get()) is None:  # a preview may come from another thread, while this one decodes
+        if not _makes_pictures.get():  # a preview may come from another thread, while this one decodes
             return vae.as_it_fits(half, x, own, processor=False, **how)
         cut_short = self._host.interrupted()  # before it began: what there is of it is decoded all the same
         with self._announcing() as progress:
             how |= {"interrupted": lambda: not cut_short and self._host.interrupted(), "progress": progress}
-            return vae.as_it_fits(half, x, own, report=report, **how)
+            return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
 
     @contextlib.contextmanager
     def _announcing(self) -> Iterator[Callable[[float], None]]:
@@ -111,25 +112,27 @@ class Vae:
         before: list[str | None] = []
 
         def progress(share: float) -> None:
+            self.share = share
             replaced = self._host.announce(f"VAE: {share:.0%}")
             before.append(replaced) if not before else None
 
         try:
             yield progress
         finally:
+            self.share = 0.0
             if before:
                 self._host.announce(before[0])
 
     def _pictures(self, model, batch, *args, **kwargs):
         """What the web UI makes of what was sampled. What cannot be decoded, or is not to be waited for, is kept."""
-        if _report.get() or not (self._serves() and isinstance(batch, Tensor)):
+        if _makes_pictures.get() or not (self._serves() and isinstance(batch, Tensor)):
             return self._decode.step_aside(model, batch, *args, **kwargs)
         made = []
         for start, entries in _entries(batch):  # what is done stays, when the user interrupts what comes next
             try:
-                made.append(self._decoded(status.record_bands, model, entries, *args, **kwargs))
+                made.append(self._decoded(model, entries, *args, **kwargs))
             except vae.Interrupted:
-                self._keep(model, batch, "Decoding was interrupted: what was not done is a sketch.", start)
+                self._keep(model, batch, INTERRUPTED, start)
                 made.append(_sketches(batch[start:], *args, **kwargs))
                 break
             except Exception as error:
@@ -152,9 +155,8 @@ class Vae:
             status.kept("")
             self._kept = _NOTHING
 
-    def decoded(self, latents: Tensor, report: vae.Report) -> list[Tensor]:
-        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint. `report` is told
-        of bands.
+    def decoded(self, latents: Tensor) -> list[Tensor]:
+        """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
 
         Raises:
             UserError: this web UI shows no way to, or decodes by an approximation.
@@ -165,18 +167,18 @@ class Vae:
             raise UserError("This web UI shows no way to decode.")
         with torch.no_grad():
             device = self._host.device()
-            made = self._decoded(report, self._host.model(), latents.to(device), target_device=torch.device("cpu"))
+            made = self._decoded(self._host.model(), latents.to(device), target_device=torch.device("cpu"))
         if made[0].shape[-1] <= latents.shape[-1]:
             raise UserError("This web UI made no more of it than a preview.")
         return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
 
-    def _decoded(self, report: vae.Report, model, batch, *args, **kwargs):
+    def _decoded(self, model, batch, *args, **kwargs):
         """As the web UI does it, told how far it is. Raises what `decoded` does."""
-        token = _report.set(report)
+        token = _makes_pictures.set(True)
         try:
             return getattr(sys.modules["modules.processing"], DECODE)(model, batch, *args, **kwargs)
         finally:
-            _report.reset(token)
+            _makes_pictures.reset(token)
 
     def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
         """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
@@ -189,7 +191,9 @@ class Vae:
         except Exception as error:  # the host's own error is to come through, whatever this one is
             told = f"{why} What was sampled could not be kept: {in_a_line(error)}"
         say(f"[subquad] {told}")
-        status.kept(told)
+        status.kept(told, sketched=why is INTERRUPTED)
+        if why is INTERRUPTED:  # where it is an error, that says so
+            self.pictures.comment(told)
         return told
 
 
