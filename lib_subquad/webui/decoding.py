@@ -38,6 +38,9 @@ def decode_all() -> tuple[list[Path], list[str]]:
         with host().vae.pictures.job("subquad"):
             for number, path in enumerate(files, 1):
                 _under_way = path.name, number, len(files)
+                if host().interrupted():
+                    told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
+                    break
                 try:
                     images = _decoded(path)
                 except Interrupted:
@@ -62,8 +65,13 @@ def progress() -> Said | None:
     """How far it is, while something that was kept is decoded."""
     if (now := _under_way) is None:
         return None
+    if host().interrupted():
+        return Said(words.DECODING_STOPS)
     file, number, count = now
-    return Said(words.DECODING, file=file, number=number, count=count, share=f"{host().vae.share:.0%}")
+    share = host().vae.share  # of what is not computed in bands nobody knows it
+    return Said(
+        words.DECODING_BANDS if share else words.DECODING, file=file, number=number, count=count, share=f"{share:.0%}"
+    )
 
 
 def stop() -> str:

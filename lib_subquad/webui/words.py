@@ -139,8 +139,9 @@ FAILED = "That did not work: {error}"
 WAIT_TO_BE_DECODED = (
     "Memory did not suffice to decode what was sampled, or decoding was interrupted. It is kept: {files}"
 )
-DECODING = "Decoding {file}, {number} of {count}: {share}"
-DECODING_STOPS = "Decoding stops as soon as the part that is under way is done."
+DECODING = "Decoding {file}, {number} of {count}."
+DECODING_BANDS = "Decoding {file}, {number} of {count}: {share}"
+DECODING_STOPS = "Decoding stops as soon as what is under way is done."
 NOT_DECODING = "Nothing is being decoded."
 NO_DECODER = "This web UI shows no way to decode it."
 NOTHING_KEPT = "Nothing waits to be decoded."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -262,22 +263,42 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
     lost(ours)
     (path,) = kept(ours)
     ours.opts.subquad_vae_bands = "always"
-    going_on, announce = threading.Event(), type(ours.host).announce
+    reached, going_on, announce = threading.Event(), threading.Event(), type(ours.host).announce
 
     def announced(host, text):
+        reached.set()
         going_on.wait(30)
         return announce(host, text)
 
     monkeypatch.setattr(type(ours.host), "announce", announced)
     steps = LABORATORY.decode()
-    assert f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>: <bdi>" in next(steps)
-    assert "stops as soon as" in LABORATORY.stop_decoding()
+    first = next(steps)
+    assert re.search(f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>(: <bdi>[0-9]+%</bdi>|[.])", first)
+    assert reached.wait(30)
+    assert "stops as soon as" in LABORATORY.stop_decoding() and "stops as soon as" in next(steps)
     going_on.set()
     *_, told = steps
     assert f"Decoding {path.name} was interrupted. It stays where it is." in told
     assert ours.decoding.waiting() == [path] and not ours.host.vae.share
     ours.opts.subquad_vae_bands = "when needed"
     shared.state.interrupted = False
+
+
+def test_of_several_those_that_come_after_a_stop_wait(ours, monkeypatch):
+    for seed in (1, 2, 3):
+        lost(ours, seed=seed)
+    files = ours.decoding.waiting()
+    save = type(ours.host.vae.pictures).save
+
+    def saved(*given):
+        ours.decoding.stop()
+        return save(*given)
+
+    monkeypatch.setattr(type(ours.host.vae.pictures), "save", saved)
+    images, told = ours.decoding.decode_all()
+    assert len(images) == 1 and f"Decoding {files[1].name} was interrupted" in told[1] and len(told) == 2
+    assert ours.decoding.waiting() == files[1:]
+    monkeypatch.undo()
 
 
 def test_where_no_folder_takes_it_the_next_one_does(ours, monkeypatch):
