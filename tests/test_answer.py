@@ -193,6 +193,15 @@ def test_where_the_limit_is_what_is_in_the_way(fused_kernel):
     assert "does not fit" not in str(told(again))
 
 
+def test_where_lower_bands_are_what_is_left(fused_kernel):
+    free = max(half.lowest_bytes for half in question().halves())
+    found = told(question(free=free))
+    assert "more than the" in str(found) and "goes on in lower bands, for which there is enough." in str(found)
+    assert "does not fit" not in str(found) and found.can_measure
+    assert re.fullmatch(r"Images of \d+ × \d+ at most stay inside it.", str(found.step))
+    assert "does not fit" in str(told(question(free=free - 1)))
+
+
 def test_where_attention_is_what_does_not_fit(fused_kernel):
     found = told(question("flux_dev", side=4096, free=100 * MIB))
     assert "does not fit. A call of attention takes" in str(found) and "limit leaves 70 MiB." in str(found)

@@ -110,6 +110,13 @@ def smaller(made: BandPlan, steps: Sequence[VaeStep], height: int, width: int, d
     return None
 
 
+def lowest(made: BandPlan, steps: Sequence[VaeStep], height: int, width: int, dtype: torch.dtype) -> BandPlan:
+    """The last plan that there is after that one, should memory run out again and again."""
+    while following := smaller(made, steps, height, width, dtype):
+        made = following
+    return made
+
+
 LIMIT_REASON = "taller bands do not fit the memory limit"
 RETRY_REASON = "smaller bands after an out-of-memory"
 AGAIN_REASON = "some layers are computed again, for keeping them takes more memory"

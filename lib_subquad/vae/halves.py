@@ -210,6 +210,7 @@ class _Walk:
         return self._kept(Downsampled(self.map, step.layer.conv))
 
     def _last(self, step: Stage) -> Map:
+        self.spare = None
         norm = self._affine(self.map, step.layer.norm_out)
         return self._kept(Convolved(Activated(self.map, norm), step.layer.conv_out))
 
@@ -239,6 +240,7 @@ class _Walk:
     def _in_place(self, x: Stored, block: AnyModule, first: tuple[Tensor, Tensor]) -> Stored:
         """The block's result in the place of x, and nothing beside it: what is between the convolutions is computed
         twice, and of x the two rows above a band are kept for the neighbours' sake."""
+        self.spare = None
         second = self._affine(Convolved(Activated(x, first), block.conv1), block.norm2)
         old = Overwritten(x.tensor, 2, _wraps(block.conv1) or _wraps(block.conv2))
         between = Convolved(Activated(old, first), block.conv1)
@@ -246,6 +248,7 @@ class _Walk:
 
     def _split(self, x: Stored, between: Convolved, beside: AnyModule) -> tuple[Stored, Stored]:
         """(x as it goes past the block, what is between its convolutions): both have room in the place of x."""
+        self.spare = None
         old = Overwritten(x.tensor, 1, between.wraps or _wraps(beside))
         assert isinstance(between.source, Activated)
         past, between = Convolved(old, beside), Convolved(Activated(old, between.source.affine), between.conv)

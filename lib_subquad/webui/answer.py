@@ -98,19 +98,22 @@ def _not_fitting(asked: Question, rows: list[Row]) -> Answer | None:
     if decoding > calls:
         half = max(halves, key=lambda half: half.bytes)
         told = Said(words.DECODER_TOO_LARGE, needed=tables.memory(decoding), way=words.WAYS[half.in_bands], limit=limit)
+        if resort := asked.last_resort():
+            told = Said(words.GOES_ON[resort], needed=tables.memory(decoding), limit=limit)
+            return Answer((_subject(asked), told), _what_fits(asked, needed, words.INSIDE), can_measure=True)
         if not half.in_bands and max(calls, half.plan.bytes) <= asked.limit_bytes:
             return Answer((_subject(asked), told), Said(words.IN_BANDS, needed=tables.memory(half.plan.bytes)))
     return Answer((_subject(asked), told), _what_fits(asked, needed))
 
 
-def _what_fits(asked: Question, needed: int) -> Said:
+def _what_fits(asked: Question, needed: int, otherwise: str = words.SMALLER) -> Said:
     largest = asked.largest_image()
     if largest is None:
         return Said(words.FREE_MEMORY)
     if needed <= ROOM * asked.free_bytes:
         percent = -(-100 * needed // max(asked.free_bytes, 1))
         return Said(words.RAISE_LIMIT, percent=percent, size=size(*largest))
-    return Said(words.SMALLER, size=size(*largest))
+    return Said(otherwise, size=size(*largest))
 
 
 def _computed(asked: Question, rows: list[Row]) -> Answer:

@@ -41,6 +41,7 @@ class VaeRow(BaseModel):
     in_bands: bool = Field(description="whether it is computed in bands of rows, not all at once")
     band_rows: int = Field(description="rows of the largest feature map at a time, in bands")
     bands_bytes: int = Field(description="what it takes in bands")
+    lowest_bytes: int = Field(description="what it takes in the lowest bands, which are for when memory runs out")
     usual_bytes: int = Field(description="what it takes all at once")
     fits: bool = Field(description="whether the way it is computed fits the memory limit")
     reasons: list[str] = Field(description="why in this way, in words")
@@ -114,6 +115,10 @@ class KeptResponse(BaseModel):
     waiting: list[str] = Field(description="files of what was sampled and could not be decoded, without their folders")
 
 
+class DismissedResponse(BaseModel):
+    told: list[str] = Field(description="a sentence about each file")
+
+
 class DecodedResponse(BaseModel):
     images: list[str] = Field(description="the files that were made, without their folders")
     told: list[str] = Field(description="a sentence about each file that waited")
@@ -132,6 +137,7 @@ def mount(_page, app: FastAPI) -> None:
         ("DELETE", "/subquad/v1/measured", forget_route, ForgottenResponse),
         ("GET", "/subquad/v1/kept", kept_route, KeptResponse),
         ("POST", "/subquad/v1/kept", decode_route, DecodedResponse),
+        ("DELETE", "/subquad/v1/kept", dismiss_route, DismissedResponse),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=response, dependencies=dependencies)
     app.openapi_schema = None  # made anew, with our routes
@@ -193,10 +199,15 @@ def kept_route() -> KeptResponse:
     return KeptResponse(waiting=[sendable(path.name) for path in decoding.waiting()])
 
 
-def decode_route() -> DecodedResponse:
-    """Decode all of it, when no image is being made."""
-    images, told = decoding.decode_all()
+def decode_route(file: str = "") -> DecodedResponse:
+    """Decode all of it, or this file, when no image is being made."""
+    images, told = decoding.decode(file)
     return DecodedResponse(images=[sendable(path.name) for path in images], told=list(map(sendable, told)))
+
+
+def dismiss_route(file: str = "") -> DismissedResponse:
+    """Take all of it, or this file, off the list of what waits; files stay where they are."""
+    return DismissedResponse(told=list(map(sendable, decoding.dismiss(file))))
 
 
 def _measured_row(calls: Class, found: Found) -> MeasuredRow:
@@ -223,6 +234,7 @@ def _half(half: Half) -> VaeRow:
         in_bands=half.in_bands,
         band_rows=half.plan.rows,
         bands_bytes=half.plan.bytes,
+        lowest_bytes=half.lowest_bytes,
         usual_bytes=half.plan.usual_bytes,
         fits=half.fits,
         reasons=list(half.reasons),

@@ -14,6 +14,7 @@ AXES = {
     "[Subquad] KV chunk": "kv_chunk",
     "[Subquad] Engine": "engine",
     "[Subquad] Memory limit": "memory_limit",
+    "[Subquad] VAE in bands": "vae_bands",
 }
 
 

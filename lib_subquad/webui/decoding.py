@@ -14,20 +14,20 @@ from .words import Said
 _under_way: tuple[str, int, int] | None = None  # the name of a file, its number, and how many there are
 
 
-def waiting() -> list[Path]:
-    """The files of what is to be decoded."""
-    return latents.waiting(host().data_folder())
+def waiting(file: str = "") -> list[Path]:
+    """The files of what is to be decoded; or those of this name."""
+    return [path for path in latents.waiting(host().data_folder()) if file in ("", path.name)]
 
 
-def decode_all() -> tuple[list[Path], list[str]]:
-    """Decode every one: the images, and a sentence about each file. Not while an image is made.
+def decode(file: str = "") -> tuple[list[Path], list[str]]:
+    """Decode every one, or those of this name: the images, and a sentence about each file. Not while an image is made.
 
     Never raises: what cannot be decoded stays where it is, and the sentence says why.
     """
     global _under_way
-    files = waiting()
+    files = waiting(file)
     if not files:
-        return [], [words.NOTHING_KEPT]
+        return [], [_none(file)]
     if host().vae is None:
         return [], [words.NO_DECODER]
     if not host().lock().acquire(blocking=False):
@@ -82,6 +82,26 @@ def stop() -> str:
     return words.DECODING_STOPS
 
 
+def dismiss(file: str = "") -> list[str]:
+    """Take every one off the list, or those of this name: a sentence about each file."""
+    told = []
+    for path in waiting(file):
+        latents.take_off(path, host().data_folder())
+        _forget(path)
+        told.append(str(Said(words.DISMISSED, file=path)))
+    return told or [_none(file)]
+
+
+def _none(file: str) -> str:
+    return str(Said(words.NO_SUCH_FILE, file=file)) if file else words.NOTHING_KEPT
+
+
+def _forget(path: Path) -> None:
+    """What the status says of it is over."""
+    if str(path) in status.generation().kept:
+        status.kept("")
+
+
 def _decoded(path: Path) -> list[Path]:
     kept, vae = latents.read(path), host().vae
     vae.pictures.make_ready(kept.made_by)
@@ -91,9 +111,8 @@ def _decoded(path: Path) -> list[Path]:
     for picture, told in zip(pictures, kept.images):
         told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
         images.append(vae.pictures.save(picture, kept.folder, told))
-    latents.done(path, host().data_folder())
-    if str(path) in status.generation().kept:
-        status.kept("")
+    latents.take_off(path, host().data_folder())
+    _forget(path)
     return images
 
 

@@ -15,7 +15,7 @@ from .hosts import host
 RETRIES = "Subquad retries"
 MEASURED = "Subquad measured"  # engines and sizes that a measurement chose, and the fixed order would not have
 RERUNS = "Subquad exact reruns"  # calls of which an inexact engine's result was of no use
-BANDS = "Subquad VAE computed"  # in bands, or on the processor: last bits differ; or interrupted: an image is a sketch
+BANDS = "Subquad VAE computed"  # in (lower) bands or on the processor: last bits differ; interrupted: it is a sketch
 COMPUTED = "Subquad computed"  # all engines that computed an image for which one was set that did not do it alone
 AFTERWARDS = (RETRIES, MEASURED, RERUNS, BANDS, COMPUTED)  # known only when an image is there
 TOLD = "subquad_told"  # an attribute of a request: by the number of a batch, what its infotexts are to tell
@@ -127,7 +127,9 @@ def decoded_later(infotext: str | None, seen: status.Generation) -> str | None:
 def _how_decoded(seen: status.Generation) -> str:
     if seen.sketched:
         return "interrupted"
-    return "" if seen.bands is None else "on the processor" if seen.on_processor else "in bands"
+    if seen.bands is None:
+        return ""
+    return "on the processor" if seen.on_processor else "in lower bands" if seen.lower_bands else "in bands"
 
 
 def _tell_who_computed(p, seen: status.Generation) -> None:

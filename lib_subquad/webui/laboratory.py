@@ -237,13 +237,17 @@ class Laboratory:
     def decode(self) -> Iterator[str]:
         """Decode what was kept: how far it is, and at last what became of it, as HTML."""
         with ThreadPoolExecutor(1) as worker:
-            decoded = worker.submit(decoding.decode_all)
+            decoded = worker.submit(decoding.decode)
             while not decoded.done():
                 if told := decoding.progress():
                     yield words.line(told.html())
                 wait([decoded], TURN_SECONDS)
             _, sentences = decoded.result()
-        yield "".join(words.line(escape(sentence)) for sentence in sentences)
+        yield words.lines(sentences)
+
+    def dismiss(self) -> str:
+        """Take it off the list of what waits: what became of it, as HTML."""
+        return words.lines(decoding.dismiss())
 
     def stop_decoding(self) -> str:
         """Stop that: a sentence."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ LIST = "subquad_latents.json"  # in the web UI's data folder
 LATENTS, FORMAT = "latents", "subquad_latents"
 LARGEST_LIST = 1 << 20  # bytes
 
+_editing = threading.Lock()  # the list
 _here: list[Path] = []  # those of this process, where there is no data folder
 
 
@@ -65,7 +67,8 @@ def keep(
         except OSError as error:
             why = error
             continue
-        _write_list([*_listed(data_folder), path], data_folder)
+        with _editing:
+            _write_list([*_listed(data_folder), path], data_folder)
         return path
     raise why
 
@@ -122,9 +125,10 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
-def done(path: Path, data_folder: Path | None) -> None:
-    """Its images are there. The file stays, off the list."""
-    _write_list([it for it in _listed(data_folder) if it != path], data_folder)
+def take_off(path: Path, data_folder: Path | None) -> None:
+    """Its images are there, or nobody wants them any more: off the list. The file stays."""
+    with _editing:
+        _write_list([it for it in _listed(data_folder) if it != path], data_folder)
 
 
 def _put_aside_what_cannot_be_read(path: Path) -> None:

@@ -59,8 +59,9 @@ class Generation:
     inexact engine's result was of no use, so that an exact one computed them again. `measuring` says what is measured
     before it, and then what was found; `measured` holds the findings that its calls went by instead of by the fixed
     order. `number` tells it from those before; `images` are what was asked for, as far as that can be told. `bands` is
-    the largest plan by which the VAE was computed in bands, `on_processor` whether a card had no room even for those;
-    `kept` says where there is what could not be decoded; `sketched`: an interrupt is why, and images are sketches.
+    the largest plan by which the VAE was computed in bands, `lower_bands` whether memory ran out in some,
+    `on_processor` whether a card had no room even for the lowest; `kept` says where there is what could not be decoded;
+    `sketched`: an interrupt is why, and images are sketches.
     """
 
     begun: bool = False
@@ -80,6 +81,7 @@ class Generation:
     measuring: str = ""
     measured: set[Found] = field(default_factory=set)
     bands: BandPlan | None = None
+    lower_bands: bool = False
     on_processor: bool = False
     kept: str = ""
     sketched: bool = False
@@ -100,6 +102,7 @@ class Generation:
 
     def record_bands(self, plan: BandPlan) -> None:
         self.on_processor = self.on_processor or ON_PROCESSOR in plan.reasons
+        self.lower_bands = self.lower_bands or plan.retries > 0
         if self.bands is None or plan.bytes >= self.bands.bytes:
             self.bands = plan
 
@@ -164,7 +167,7 @@ def summary() -> str:
     )
     calls = counted(seen.calls, "call", "calls")
     calls = ", ".join([calls, retries, *again(seen)])
-    told = [f"Last generation: {calls}. Largest: {seen.largest}", *missed(seen)]
+    told = [f"Last generation: {calls}. Largest: {seen.largest}.", *missed(seen)]
     return " ".join(filter(None, [*told, *in_bands(seen), seen.kept, seen.measuring]))
 
 
@@ -199,7 +202,7 @@ def nothing(seen: Generation) -> str:
     if seen.measuring:
         return seen.measuring
     if seen.begun:
-        return "The last image was made without subquad."
+        return "The last generation used nothing of subquad."
     return "No image has been made with subquad yet."
 
 

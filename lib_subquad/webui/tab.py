@@ -88,6 +88,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 kept = gr.HTML(elem_id="subquad_kept")
                 with gr.Row():
                     decode, stop = _button("decode", variant="primary"), _button("stop", visible=False)
+                    dismiss = _button("dismiss")
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -147,6 +148,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             then_look(on(decode.click, _decode, None, decoded, {"show_progress": "hidden"}))
         else:
             then_look(on(decode.click, _decode_at_once, None, decoded))
+        then_look(on(dismiss.click, _dismiss, None, [message]))
         opened = [*asked, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
         show = _answering(_open, len(looked) + len(question))
@@ -299,6 +301,10 @@ def _decode_at_once():
 
 def _stop_decoding():
     return [words.line(LABORATORY.stop_decoding())]
+
+
+def _dismiss():
+    return [LABORATORY.dismiss()]
 
 
 def _and_tell(action):

@@ -16,6 +16,7 @@ from ..engines.table import Class, Found
 from ..lab import tables
 from ..lab.explain.question import Question
 from ..lab.explain.rows import grouped
+from ..lab.explain.words import GOES_ON as GOES_ON_IN_WORDS
 from ..lab.explain.words import SET_FOR_SOME as SET_FOR_SOME
 from ..lab.explain.words import SET_IN_VAIN as SET_IN_VAIN
 from ..lab.explain.words import layers_in_words, size_in_words
@@ -43,6 +44,7 @@ LABELS = {
     "forget": "Forget what was measured",
     "decode": "Decode what was kept",
     "stop": "Stop decoding",
+    "dismiss": "Dismiss",
 }
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
@@ -91,6 +93,8 @@ BESIDE_OTHERS = (
 NO_KERNEL = "no layer has a fused kernel, because {why}."
 FEW_KERNELS = "{count} of {shapes} shapes run without a fused kernel, because {why}."
 DECODER_TOO_LARGE = "this does not fit. Decoding it takes {needed} {way}, and the memory limit leaves {limit}."
+BEYOND = "decoding it takes {needed} in bands, more than the {limit} that the memory limit leaves."
+GOES_ON = {how: f"{BEYOND} {sentence}" for how, sentence in GOES_ON_IN_WORDS.items()}
 WAYS = {False: "all at once", True: "even in bands"}
 TOO_LARGE = "this does not fit. A call of attention takes {needed}, and the memory limit leaves {limit}."
 NOT_SERVED = "{model}: no attention layer that subquad serves."
@@ -101,6 +105,7 @@ CHOOSE_ENGINE = "Set the engine to automatic, or to one that can."
 MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Measure tells which is faster."
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."
+INSIDE = "Images of {size} at most stay inside it."
 RAISE_LIMIT = "Set the memory limit to {percent} %, or make images of {size} at most."
 IN_BANDS = "Set VAE in bands to when needed: then it takes {needed}."
 FREE_MEMORY = "Close other programs that use this device's memory."
@@ -149,6 +154,8 @@ DECODE_LATER = "An image is being made or decoded: decode when that is done."
 DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."
 NOT_DECODED = "{file} is not decoded, and stays where it is until you delete it: {why}"
 DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
+NO_SUCH_FILE = "{file} does not wait to be decoded."
+DISMISSED = "Taken off the list: {file}. The file stays where it is; delete it when you like."
 STILL_TOO_LITTLE = "There is still too little memory. Close other programs that use it, then decode."
 
 TERMS = {
@@ -284,6 +291,10 @@ def glossary() -> str:
 
 def line(text: str) -> str:
     return f'<p class="subquad-line" dir="auto">{text}</p>'
+
+
+def lines(sentences: Iterable[str]) -> str:
+    return "".join(line(escape(sentence)) for sentence in sentences)
 
 
 def warning(text: str) -> str:

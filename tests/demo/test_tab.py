@@ -158,6 +158,18 @@ def test_what_was_kept_is_decoded(page, data_folder):
     assert Image.open(image).info["parameters"] == made["infotext"]
 
 
+def test_what_nobody_wants_is_dismissed(page, data_folder):
+    path = latents.keep(torch.randn(1, 4, 8, 8), {}, [{"seed": 1}], [data_folder / "images"], data_folder)
+    page.set_viewport_size({"width": 390, "height": 800})
+    tab = AttentionTab(page).open(side=64)
+    tab.wait_for("#subquad_kept", path.name)
+    tab.click("dismiss")
+    tab.wait_for("#subquad_message", f"Taken off the list: {path}")
+    page.wait_for_selector("#subquad_dismiss", state="hidden")
+    assert path.is_file() and not latents.waiting(data_folder)
+    assert cut_off(page) == violations(page) == []
+
+
 def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
     """While another visitor measures, who is not disturbed by it."""
     pages = [opened(browser, address) for _ in range(2)]

@@ -53,7 +53,7 @@ def test_switched_off_nothing_of_ours_is_there(server):
     calls, status = server.calls(), server.status()
     assert sum(calls["own"].values()) == CALLS + 1 and not calls["ours"]
     assert not status["active"] and status["calls"] == 0
-    assert status["summary"] == "The last image was made without subquad."
+    assert status["summary"] == "The last generation used nothing of subquad."
     assert "Subquad" not in infotext and image.std() > 10
     assert server.holders() == []
 

@@ -108,7 +108,7 @@ def test_the_tab_says_that_it_is_off_and_what_to_do(page, server):
     server.generate()
     tab = AttentionTab(page).open(side=512)
     tab.wait_for("#subquad_status", "subquad is not active: the web UI uses")
-    tab.wait_for("#subquad_status", "The last image was made without subquad.")
+    tab.wait_for("#subquad_status", "The last generation used nothing of subquad.")
     tab.wait_for(SENTENCE, "subquad is not active: the web UI uses")
     tab.unfold()
     tab.wait_for(DETAILS, "attention layers in the U-Net")

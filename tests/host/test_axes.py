@@ -32,10 +32,11 @@ def plot(subquad):
     scripts.scripts_data.pop()
 
 
-def test_four_axes_once(plot):
+def test_each_axis_once(plot):
     axes, module = plot
-    assert len(module.axis_options) == len(axes) == 1 + 4
-    assert {"[Subquad] Query chunk", "[Subquad] KV chunk", "[Subquad] Engine", "[Subquad] Memory limit"} < set(axes)
+    assert len(module.axis_options) == len(axes) == 1 + 5
+    names = ("Query chunk", "KV chunk", "Engine", "Memory limit", "VAE in bands")
+    assert {f"[Subquad] {name}" for name in names} < set(axes)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ def test_four_axes_once(plot):
         ("KV chunk", 0, "subquad_kv_chunk"),
         ("Engine", "portable", "subquad_engine"),
         ("Memory limit", 30, "subquad_memory_limit"),
+        ("VAE in bands", "always", "subquad_vae_bands"),
     ],
 )
 def test_a_value_goes_into_the_requests_overrides(plot, label, value, key):
@@ -55,7 +57,10 @@ def test_a_value_goes_into_the_requests_overrides(plot, label, value, key):
     assert p.override_settings == {key: value}
 
 
-@pytest.mark.parametrize(("label", "value"), [("Query chunk", -1), ("Engine", "quantum"), ("Memory limit", 0)])
+@pytest.mark.parametrize(
+    ("label", "value"),
+    [("Query chunk", -1), ("Engine", "quantum"), ("Memory limit", 0), ("VAE in bands", "often")],
+)
 def test_a_value_out_of_range_is_refused_in_words(plot, label, value):
     with pytest.raises(RuntimeError, match=label):
         plot[0][f"[Subquad] {label}"].confirm(None, [value])

@@ -597,7 +597,7 @@ def plot_axes(ui) -> dict:
 
 def test_its_axis(forge):
     axes = plot_axes(forge)
-    assert len(axes) == 5
+    assert len(axes) == 6
     axis = axes["[Subquad] Use"]
     assert axis.choices() == ["off", EVERYTHING, UNET_ONLY, VAE_ONLY]
     p = SimpleNamespace(override_settings={})
@@ -614,7 +614,7 @@ def test_no_such_axis_where_there_is_a_list(loaded):
     from lib_subquad.webui import axes
 
     found = plot_axes(SimpleNamespace(scripts=scripts, axes=axes))
-    assert len(found) == 4 and "[Subquad] Use" not in found
+    assert len(found) == 5 and "[Subquad] Use" not in found
 
 
 @pytest.mark.parametrize("use", ["off", EVERYTHING, UNET_ONLY, VAE_ONLY])

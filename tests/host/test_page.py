@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.host.gradio_page import Page, sentences
 
-BUTTONS = ("cancel", "apply", "undo", "forget", "decode")
+BUTTONS = ("cancel", "apply", "undo", "forget", "decode", "dismiss")
 LOADED = '"the loaded checkpoint"'
 VISIT = "null"  # gradio's own
 GOOD = [VISIT, LOADED, "64", "64", "1"]
@@ -72,6 +72,7 @@ def test_a_question_of_any_type_gets_a_sentence(page, event, slot, monkeypatch):
         ("subquad_undo", "There is nothing to undo."),
         ("subquad_forget", "Nothing has been measured on this device."),
         ("subquad_decode", "Nothing waits to be decoded."),
+        ("subquad_dismiss", "Nothing waits to be decoded."),
         ("subquad_stop", "Nothing is being decoded."),
         ("subquad_measure", "Measuring begins as soon as it is its turn."),
         ("subquad_ask", "subquad is not active"),
@@ -134,7 +135,7 @@ def test_what_nobody_foresaw_gets_a_sentence_too(loaded, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("half a character \ud800 <b>")
 
-    for name in ("apply", "undo", "forget", "cancel", "decode", "stop_decoding", "request", "look"):
+    for name in ("apply", "undo", "forget", "cancel", "decode", "dismiss", "stop_decoding", "request", "look"):
         monkeypatch.setattr(LABORATORY, name, broken)
     page = Page(build("a prompt", 1, (64, 64), 1).queue())
     for name in ("question", "titles"):

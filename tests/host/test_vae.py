@@ -80,6 +80,14 @@ def test_bands_make_the_same_image_and_the_infotext_tells(ours, bands):
     assert "Subquad" not in ours.generate().infotext and "bands" not in ours.status.summary()
 
 
+def test_lower_bands_are_told_as_such(ours):
+    expected = ours.generate()
+    with NoRoom(rows=12):
+        made = ours.generate()
+    assert apart(made, expected) <= 1 and "Subquad VAE computed: in lower bands" in made.infotext
+    assert "Subquad VAE computed" not in ours.generate().infotext
+
+
 def test_it_is_ours_only_while_we_are_selected(ours):
     from ldm.modules.diffusionmodules.model import Decoder
 
@@ -113,13 +121,13 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(ours):
     assert path.parent == ours.folder / "images" and path.name.startswith("subquad-latent-")
     assert str(path) in ours.status.summary() and ours.decoding.waiting() == [path]
     with NoRoom():
-        images, told = ours.decoding.decode_all()
+        images, told = ours.decoding.decode()
     assert images == [] and "still too little memory" in told[0] and ours.decoding.waiting() == [path]
-    (image,), (sentence,) = ours.decoding.decode_all()
+    (image,), (sentence,) = ours.decoding.decode()
     assert image.parent == path.parent and str(image) in sentence
     assert apart(Image.open(image), expected) <= 1
     assert path.is_file() and ours.decoding.waiting() == kept_again(ours) == []
-    assert ours.decoding.decode_all() == ([], ["Nothing waits to be decoded."])
+    assert ours.decoding.decode() == ([], ["Nothing waits to be decoded."])
 
 
 def kept_again(ours) -> list[Path]:
@@ -135,7 +143,7 @@ def test_several_wait_also_for_a_web_ui_that_is_started_again(ours):
     assert len(files) == 3 and set(files) == set(kept(ours))
     files[1].unlink()
     assert ours.decoding.waiting() == [files[0], files[2]]
-    images, told = ours.decoding.decode_all()
+    images, told = ours.decoding.decode()
     assert len(images) == len(told) == len(set(images)) == 2
 
 
@@ -158,7 +166,7 @@ def test_the_infotext_comes_along(ours, monkeypatch, bands):
         processing.decode_latent_batch(model, torch.randn(2, 4, 8, 8))
     ours.host.vae.pictures.begin(None)
     with NoRoom(above=32, rows=40) if bands else contextlib.nullcontext():
-        images, _ = ours.decoding.decode_all()
+        images, _ = ours.decoding.decode()
     told = [Image.open(it).info["parameters"] for it in images]
     assert told == [f"a <lora:it:1>, infotext{bands}", f"b, infotext{bands}"]
     assert ours.status.generation().bands is None  # which is of another image
@@ -180,17 +188,17 @@ def test_another_checkpoint_than_the_one_that_made_it(ours, monkeypatch):
     model.sd_checkpoint_info = SimpleNamespace(name="one.safetensors")
     lost(ours)
     model.sd_checkpoint_info = SimpleNamespace(name="other.safetensors")
-    _, (told,) = ours.decoding.decode_all()
+    _, (told,) = ours.decoding.decode()
     assert "It was made with one.safetensors. Choose that checkpoint, then decode." in told
     model.sd_checkpoint_info = SimpleNamespace(name="one.safetensors")
-    assert len(ours.decoding.decode_all()[0]) == 1
+    assert len(ours.decoding.decode()[0]) == 1
 
 
 def test_not_while_an_image_is_made(ours):
     lost(ours)
     with ours.host.lock():
-        assert ours.decoding.decode_all() == ([], ["An image is being made or decoded: decode when that is done."])
-    assert len(ours.decoding.decode_all()[0]) == 1
+        assert ours.decoding.decode() == ([], ["An image is being made or decoded: decode when that is done."])
+    assert len(ours.decoding.decode()[0]) == 1
     assert not ours.host.waiting()
 
 
@@ -203,7 +211,7 @@ def test_a_file_that_is_broken_stays_and_says_so(ours, content):
     path.write_bytes(
         save({"latents": torch.zeros(1, 4, 8, 8)}, {"subquad_latents": "2"}) if content is None else content
     )
-    images, (told,) = ours.decoding.decode_all()
+    images, (told,) = ours.decoding.decode()
     assert images == [] and told.startswith(f"{path.name} is not decoded, and stays where it is until you delete it: ")
 
 
@@ -225,7 +233,7 @@ def test_what_lies_on_a_drive_that_is_away_stays_on_the_list(ours, monkeypatch):
     (ours.folder / "images").rename(ours.folder / "away")
     monkeypatch.setattr(type(ours.opts), "outdir_samples", str(ours.folder / "others"))
     lost(ours, seed=2)
-    assert len(ours.decoding.waiting()) == 1 and len(ours.decoding.decode_all()[0]) == 1
+    assert len(ours.decoding.waiting()) == 1 and len(ours.decoding.decode()[0]) == 1
     (ours.folder / "away").rename(ours.folder / "images")
     assert len(kept_again(ours)) == 1
 
@@ -235,10 +243,10 @@ def test_decoding_later_is_of_no_generation(ours):
     lost(ours)
     ours.generate(seed=7)
     before = ours.status.summary()
-    assert len(ours.decoding.decode_all()[0]) == 1 and ours.status.summary() == before
+    assert len(ours.decoding.decode()[0]) == 1 and ours.status.summary() == before
     lost(ours)
     assert "is kept in" in ours.status.summary()
-    ours.decoding.decode_all()
+    ours.decoding.decode()
     assert "is kept in" not in ours.status.summary()
 
 
@@ -248,9 +256,9 @@ def test_a_checkpoint_of_another_name_is_the_same(ours, monkeypatch):
     lost(ours)
     model.sd_checkpoint_info.name = "renamed"
     model.sd_checkpoint_info.sha256 = "def"
-    assert "It was made with one." in ours.decoding.decode_all()[1][0]
+    assert "It was made with one." in ours.decoding.decode()[1][0]
     model.sd_checkpoint_info.sha256 = "abc"
-    assert len(ours.decoding.decode_all()[0]) == 1
+    assert len(ours.decoding.decode()[0]) == 1
 
 
 def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
@@ -295,7 +303,7 @@ def test_of_several_those_that_come_after_a_stop_wait(ours, monkeypatch):
         return save(*given)
 
     monkeypatch.setattr(type(ours.host.vae.pictures), "save", saved)
-    images, told = ours.decoding.decode_all()
+    images, told = ours.decoding.decode()
     assert len(images) == 1 and f"Decoding {files[1].name} was interrupted" in told[1] and len(told) == 2
     assert ours.decoding.waiting() == files[1:]
     monkeypatch.undo()
@@ -391,7 +399,7 @@ def test_an_interrupt_that_is_over_ends_nothing_and_a_new_one_ends_all(ours, mon
         return as_it_fits(half, x, own, **how)
 
     monkeypatch.setattr(ours.vae, "as_it_fits", interrupted_in_the_second)
-    images, told = ours.decoding.decode_all()
+    images, told = ours.decoding.decode()
     assert len(images) == 1 and len(told) == len(done) == 2 and "was interrupted" in told[1]
     assert len(ours.decoding.waiting()) == 2
     shared.state.interrupted, ours.opts.subquad_vae_bands = False, "when needed"
@@ -403,7 +411,7 @@ def test_images_that_are_not_saved_leave_nothing_among_those_that_are(ours, monk
     lost(ours)
     (path,) = kept(ours)
     assert path.parent == ours.folder / "subquad-latents" and b"a cat" not in path.read_bytes()
-    ((image,), _) = ours.decoding.decode_all()
+    ((image,), _) = ours.decoding.decode()
     assert image.parent == path.parent
 
 
@@ -413,10 +421,10 @@ def test_a_way_of_decoding_is_remembered(ours, monkeypatch):
     lost(ours)
     with monkeypatch.context() as patch:
         patch.setattr(type(ours.opts), "sd_vae_decode_method", "TAESD")
-        images, (told,) = ours.decoding.decode_all()
+        images, (told,) = ours.decoding.decode()
         assert "It was to be decoded with Full, and now TAESD is chosen. Choose that, then decode." in told
         assert images == []
-    assert len(ours.decoding.decode_all()[0]) == 1
+    assert len(ours.decoding.decode()[0]) == 1
 
 
 def test_tiling_and_another_vae_are_remembered(ours, monkeypatch):
@@ -440,11 +448,11 @@ def test_tiling_and_another_vae_are_remembered(ours, monkeypatch):
     with pytest.raises(RuntimeError), NoRoom(above=0):
         processing.decode_latent_batch(ours.host.model(), torch.randn(1, 4, 8, 8))
     now[0] = None
-    _, (told,) = ours.decoding.decode_all()
+    _, (told,) = ours.decoding.decode()
     assert "Its VAE was one.vae, and now it is the checkpoint's own. Choose that VAE, then decode." in told
     assert set_to == []
     now[0] = "one.vae"
-    assert len(ours.decoding.decode_all()[0]) == 1 and set_to == [True]
+    assert len(ours.decoding.decode()[0]) == 1 and set_to == [True]
 
 
 def test_whatever_keeps_it_from_being_kept_hides_no_error(ours, monkeypatch):
@@ -457,7 +465,7 @@ def test_whatever_keeps_it_from_being_kept_hides_no_error(ours, monkeypatch):
 def test_a_web_ui_without_us_in_force_decodes_what_waits(ours):
     lost(ours)
     ours.select("sdp")
-    assert len(ours.decoding.decode_all()[0]) == 1
+    assert len(ours.decoding.decode()[0]) == 1
 
 
 def test_how_far_it_is_is_shown_and_gone_afterwards(ours, monkeypatch):
@@ -535,6 +543,17 @@ def test_the_api(ours):
     assert len(answer["images"]) == 1 and (ours.folder / "images" / answer["images"][0]).is_file()
     assert client.get("/subquad/v1/kept").json() == {"waiting": []}
 
+    for seed in (1, 2, 3):
+        lost(ours, seed=seed)
+    first, second, third = (path.name for path in ours.decoding.waiting())
+    (told,) = client.delete(f"/subquad/v1/kept?file={second}").json()["told"]
+    assert second in told and client.get("/subquad/v1/kept").json() == {"waiting": [first, third]}
+    (told,) = client.post(f"/subquad/v1/kept?file={third}").json()["told"]
+    assert told.startswith(f"Decoded {third}: ") and client.get("/subquad/v1/kept").json() == {"waiting": [first]}
+    assert client.post("/subquad/v1/kept?file=x").json() == {"images": [], "told": ["x does not wait to be decoded."]}
+    assert len(client.delete("/subquad/v1/kept").json()["told"]) == 1
+    assert client.delete("/subquad/v1/kept").json() == {"told": ["Nothing waits to be decoded."]}
+
 
 def test_the_tab_offers_to_decode_what_waits(ours):
     from lib_subquad.webui import models, tab
@@ -550,3 +569,15 @@ def test_the_tab_offers_to_decode_what_waits(ours):
     *_, (told, *_), (_, decode, stop) = tab._decode()
     assert f"Decoded {path.name}: " in told and decode["interactive"] and not stop["visible"]
     assert shown() == ["", tab._update({"visible": False})]
+
+
+def test_what_nobody_wants_is_dismissed(ours):
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    lost(ours)
+    (path,) = kept(ours)
+    assert "is kept in" in ours.status.summary()
+    told = LABORATORY.dismiss()
+    assert f"Taken off the list: {path}. The file stays" in told and path.is_file()
+    assert kept_again(ours) == [] and "is kept in" not in ours.status.summary()
+    assert "Nothing waits" in LABORATORY.dismiss()

@@ -170,6 +170,7 @@ def test_the_calls_of_a_checkpoint_at_a_size(checkpoint, tmp_path, capsys):
     assert told.startswith("Stable Diffusion 1.x: 32 attention layers in the U-Net, 2 in the VAE\n")
     (row,) = [line for line in told.splitlines() if line.startswith("| U-Net, self")]
     assert " 2048 to 32 | " in row and "| 8 × 40 to 160 " in row and "Flux" not in told
+    assert "| VAE decoder, convolutions |" in told and "all at once, which fits the memory limit; bands would" in told
     chosen = doctor_says(capsys, *asked, "--engine", "portable")
     assert "the engine is set to portable" in chosen and "Your settings keep a faster engine away" in chosen
 

@@ -161,7 +161,8 @@ def test_a_size_between_two_steps_that_fits_is_not_said_not_to():
     asked = question(checkpoint("sd15"), 1000)
     enough = max(half.bytes for half in dataclasses.replace(asked, free_bytes=0).halves()) * 100 // 70 + 1
     assert "does not fit" not in size_in_words(dataclasses.replace(asked, free_bytes=enough))
-    assert "An image of 1024 × 1024 does not fit." in size_in_words(question(asked.checkpoint, 1024, free=enough))
+    larger = size_in_words(question(asked.checkpoint, 1024, free=enough))
+    assert "An image of 1024 × 1024 takes more than the memory limit." in larger
 
 
 def test_the_largest_image_that_is_named_can_be_asked_about():
@@ -248,11 +249,37 @@ def test_bands_where_the_usual_way_takes_more_than_the_limit():
 
 def test_what_the_setting_says_of_bands():
     roomy, tight = decoder(), decoder(free=5 * GIB)
-    always, never = (dataclasses.replace(roomy, when=when) for when in ("always", "never"))
+    always, never = (dataclasses.replace(roomy, settings=Settings(vae_bands=when)) for when in ("always", "never"))
     assert always.in_bands and always.bytes == roomy.plan.bytes
     assert "more than" not in always.reasons[0] and not never.in_bands and "as you have set it" in never.reasons[0]
-    refused = dataclasses.replace(tight, when="never")
+    refused = dataclasses.replace(tight, settings=Settings(vae_bands="never"))
     assert not refused.in_bands and not refused.fits and refused.bytes == tight.plan.usual_bytes
+
+
+def test_what_takes_more_than_the_limit_may_come_through_all_the_same():
+    """In lower bands when memory runs out, and on the processor where a card has no room even for the lowest."""
+    made = decoder()
+    assert made.lowest_bytes < made.plan.bytes and not made.last_resort
+    enough = decoder(free=made.lowest_bytes, memory_limit=50)
+    assert not enough.fits and enough.last_resort == "in lower bands"
+    assert not decoder(free=made.lowest_bytes - 1, memory_limit=50).last_resort
+    assert not decoder(free=made.lowest_bytes, retry=False).last_resort
+    assert not decoder(free=made.lowest_bytes, vae_bands="never").last_resort
+    on_card = dataclasses.replace(decoder(free=made.lowest_bytes - 1), on_card=True)
+    assert on_card.last_resort == "on the processor"
+
+
+@pytest.mark.parametrize(("device", "sentence"), [("cpu", "for which there is enough"), ("meta", "on the processor")])
+def test_an_image_beyond_the_limit_that_comes_through_is_not_said_not_to_fit(device, sentence):
+    asked = question(checkpoint("sd15"), 1024)
+    lowest = max(half.lowest_bytes for half in asked.halves())
+    free = lowest if device == "cpu" else lowest - 1
+    asked = dataclasses.replace(asked, device=torch.device(device), free_bytes=free)
+    told = size_in_words(asked)
+    assert "An image of 1024 × 1024 takes more than the memory limit." in told and sentence in told
+    assert "does not fit" not in told and "Largest image" in told
+    cramped = dataclasses.replace(asked, device=torch.device("cpu"), free_bytes=lowest - 1)
+    assert "An image of 1024 × 1024 does not fit." in size_in_words(cramped)
 
 
 def test_an_encoder_takes_less_than_its_decoder():

@@ -10,7 +10,7 @@ import argparse
 from ...console import say
 from .. import tables
 from ..explain.rows import grouped
-from ..explain.words import engine_in_words, layers_in_words
+from ..explain.words import engine_in_words, layers_in_words, size_in_words
 from ..survey import doctor, reasons
 from . import kept, question
 
@@ -46,8 +46,9 @@ def _of_checkpoint(arguments: argparse.Namespace) -> int:
     found = doctor.diagnosis([row.problem for row in rows], asked.settings, asked.free_bytes)
     say(f"{asked.checkpoint.family}: {layers_in_words(rows)}\n")
     shown = ("Where", "Layers", "Tokens", "Heads", "Engine", "Why")
-    cells = [{name: text for name, text in group.cells().items() if name in shown} for group in grouped(rows)]
-    return _tell(cells, found, *engine_in_words(asked.settings.engine, rows), *asked.notes)
+    told = [*(group.cells() for group in grouped(rows)), *(half.group_cells() for half in asked.halves())]
+    cells = [{name: text for name, text in group.items() if name in shown} for group in told]
+    return _tell(cells, found, size_in_words(asked), *engine_in_words(asked.settings.engine, rows), *asked.notes)
 
 
 def _tell(cells: list[dict[str, str]], found: doctor.Diagnosis, *notes: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...settings import Settings
 from ...steps import CONVOLUTION, DOWN, LAST, RESIDUAL, UP
 from ...vae import BandPlan
 from ...vae.fallbacks import ALWAYS, NEVER
@@ -11,6 +12,7 @@ from .. import tables
 from .rows import PART_NAMES, WHOLE
 
 WHAT = "convolutions"
+LOWER_BANDS, PROCESSOR = "in lower bands", "on the processor"
 USUAL, BANDS = "as usual", "in bands"
 COUNTS = {RESIDUAL: 2, CONVOLUTION: 1, UP: 1, DOWN: 1, LAST: 1}
 
@@ -19,23 +21,28 @@ COUNTS = {RESIDUAL: 2, CONVOLUTION: 1, UP: 1, DOWN: 1, LAST: 1}
 class Half:
     """A half of the VAE for an image of a size: how its convolutions are computed, and what they hold at their peak.
 
-    `sides` are those of its image, in pixels; `limit_bytes` the user's share of the free memory.
+    `sides` are those of its image, in pixels; `lowest_bytes` is what it takes in the lowest bands, which it comes to
+    when memory really runs out; `free_bytes` the device's free memory, of which the user's settings allow a share;
+    `on_card`: the processor is another device, where it can be computed at last.
     """
 
     part: str
     layers: int
     sides: tuple[int, int]
     plan: BandPlan
-    limit_bytes: int
-    when: str
+    lowest_bytes: int
+    free_bytes: int
+    settings: Settings
+    on_card: bool
 
     @property
     def usual_fits(self) -> bool:
-        return self.plan.usual_bytes <= self.limit_bytes
+        return self.plan.usual_bytes <= self._limit_bytes
 
     @property
     def in_bands(self) -> bool:
-        return self.when == ALWAYS or (self.when != NEVER and not self.usual_fits)
+        when = self.settings.vae_bands
+        return when == ALWAYS or (when != NEVER and not self.usual_fits)
 
     @property
     def bytes(self) -> int:
@@ -44,14 +51,27 @@ class Half:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= self.limit_bytes
+        return self.bytes <= self._limit_bytes
+
+    @property
+    def last_resort(self) -> str:
+        """How it comes through although it does not fit, if it does: `LOWER_BANDS` or `PROCESSOR`."""
+        if self.fits or not (self.in_bands and self.settings.retry):
+            return ""
+        if self.lowest_bytes <= self.free_bytes:
+            return LOWER_BANDS
+        return PROCESSOR if self.on_card else ""
+
+    @property
+    def _limit_bytes(self) -> int:
+        return self.free_bytes * self.settings.memory_limit // 100
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why in this way, in words."""
         usual, bands = tables.memory(self.plan.usual_bytes), tables.memory(self.plan.bytes)
         if not self.in_bands:
-            why = "as you have set it" if self.when == NEVER else "which fits the memory limit"
+            why = "as you have set it" if self.settings.vae_bands == NEVER else "which fits the memory limit"
             return (f"all at once, {why}; bands would take {bands}",)
         beyond = "" if self.usual_fits else ", more than the memory limit"
         told = f"all at once it takes {usual}{beyond}"

@@ -13,9 +13,9 @@ from ...plan import plan_problem
 from ...problem import Problem
 from ...settings import Settings
 from ...steps import VaeStep
-from ...vae import plan_bands
+from ...vae import lowest, plan_bands
 from . import sizes
-from .halves import COUNTS, Half
+from .halves import COUNTS, PROCESSOR, Half
 from .rows import Row
 
 LARGEST_BATCH = 64
@@ -129,7 +129,9 @@ class Question:
     def _half(self, part: str, steps: tuple[VaeStep, ...], height: int, width: int) -> Half:
         made = plan_bands(steps, height, width, self.dtype, self.settings, free_bytes=self.free_bytes)
         layers = sum(COUNTS.get(step.kind, 0) for step in steps)
-        return Half(part, layers, self._computed_size, made, self.limit_bytes, self.settings.vae_bands)
+        least = lowest(made, steps, height, width, self.dtype)
+        on_card = self.device.type != "cpu"
+        return Half(part, layers, self._computed_size, made, least.bytes, self.free_bytes, self.settings, on_card)
 
     def largest_image(self) -> tuple[int, int] | None:
         """(width, height) of the largest image in these proportions that `fits`; None where not even the smallest does.
@@ -150,7 +152,19 @@ class Question:
     def fits(self) -> bool:
         """Whether every attention call of this size stays inside the memory limit, all that it holds included, and so
         does each half of the VAE, in bands if need be."""
-        return all(row.call_bytes <= self.limit_bytes for row in self.rows()) and all(it.fits for it in self.halves())
+        return self.attention_fits() and all(half.fits for half in self.halves())
+
+    def attention_fits(self) -> bool:
+        """Whether every attention call does."""
+        return all(row.call_bytes <= self.limit_bytes for row in self.rows())
+
+    def last_resort(self) -> str:
+        """How the VAE comes through although an image of this size takes more than the memory limit, as `Half` has it;
+        empty where it does not, or attention takes more as well."""
+        resorts = {half.last_resort for half in self.halves() if not half.fits}
+        if "" in resorts or not self.attention_fits():
+            return ""
+        return PROCESSOR if PROCESSOR in resorts else "".join(resorts)
 
     @property
     def limit_bytes(self) -> int:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from . import sizes
+from .halves import LOWER_BANDS, PROCESSOR
 from .question import Question
 from .rows import Row, not_by
 
@@ -17,6 +18,11 @@ LOOKS = {
 }
 SET_IN_VAIN = "The engine is set to {engine}, which computes nothing here: {why}."
 SET_FOR_SOME = "The engine is set to {engine}, which computes {count} of {layers} layers. For the others: {why}."
+LIMIT = "memory limit"
+GOES_ON = {
+    LOWER_BANDS: "Should memory run out, the VAE goes on in lower bands, for which there is enough.",
+    PROCESSOR: "Should memory run out, the VAE goes on in lower bands, and then on the processor, which takes longer.",
+}
 REST = "The rest of the model needs memory as well."
 ONLY_ATTENTION = "The rest of the model needs memory as well, and so does the VAE, of which this file tells nothing."
 
@@ -50,7 +56,7 @@ def engine_in_words(engine: str, rows: Sequence[Row]) -> list[str]:
     return [form.format(engine=engine, count=layers - others, layers=layers, why=why)] if others else []
 
 
-def size_in_words(question: Question, limit: str = "memory limit", strong: Callable[[str], str] = str) -> str:
+def size_in_words(question: Question, limit: str = LIMIT, strong: Callable[[str], str] = str) -> str:
     """Whether attention and the VAE's decoder fit for an image of this size, and the largest image for which they do,
     in sentences; of attention alone where the file tells of no decoder."""
     largest = question.largest_image()
@@ -65,6 +71,9 @@ def size_in_words(question: Question, limit: str = "memory limit", strong: Calla
             f"Largest image in these proportions whose {what} {stay} inside the {limit}: "
             f"{strong(size(*largest))}. {rest}"
         )
-    if not question.fits():
-        told = f"{strong(f'An image of {size(question.width, question.height)} does not fit.')} {told}"
-    return told
+    if question.fits():
+        return told
+    image = f"An image of {size(question.width, question.height)}"
+    if resort := question.last_resort():
+        return f"{strong(f'{image} takes more than the {LIMIT}.')} {GOES_ON[resort]} {told}"
+    return f"{strong(f'{image} does not fit.')} {told}"

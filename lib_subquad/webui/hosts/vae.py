@@ -150,8 +150,9 @@ class Vae:
         """A web UI may decode again what was interrupted in its first pass: then nothing waits."""
         tensor, path = self._kept
         if path is not None and tensor() is batch:
-            latents.done(path, self._host.data_folder())
+            latents.take_off(path, self._host.data_folder())
             path.unlink(missing_ok=True)
+            say(f"[subquad] It was decoded after all: {path} is not needed any more, and gone.")
             status.kept("")
             self._kept = _NOTHING
 
