@@ -139,6 +139,7 @@ def page(loaded):
         ("subquad_undo", "click", "There is nothing to undo."),
         ("subquad_forget", "click", "Nothing has been measured on this device."),
         ("subquad_decode", "click", "Nothing waits to be decoded."),
+        ("subquad_dismiss", "click", "Nothing waits to be decoded."),
         ("subquad_stop", "click", "Nothing is being decoded."),
     ],
 )
