@@ -198,7 +198,7 @@ def test_where_lower_bands_are_what_is_left(fused_kernel):
     found = told(question(free=free))
     assert "more than the" in str(found) and "goes on in lower bands, for which there is enough." in str(found)
     assert "does not fit" not in str(found) and found.can_measure
-    assert re.fullmatch(r"Images of \d+ × \d+ at most stay inside it.", str(found.step))
+    assert re.fullmatch(r"Images of \d+ × \d+ at most stay inside the memory limit\.", str(found.step))
     assert "does not fit" in str(told(question(free=free - 1)))
 
 

@@ -50,13 +50,15 @@ class BandPlan:
 @dataclass(frozen=True)
 class Way:
     """One way to compute a step: bytes of the maps that it holds, those of one of the `height` rows of its bands, how
-    many rows a band has for its neighbours' sake, and whether something is computed `again` instead of being kept."""
+    many rows a band has for its neighbours' sake, whether something is computed `again` instead of being kept, and
+    whether it `reuses` the place of a map that the step before it needed. For any other that place is free memory."""
 
     held: int
     row: int
     height: int
     around: int = 2
     again: bool = False
+    reuses: bool = False
 
     def bytes(self, rows: int) -> int:
         return self.held + min(rows + self.around, self.height) * self.row
@@ -187,7 +189,7 @@ def _ways_of_residual(step: VaeStep, height: int, row: int) -> tuple[Way, ...]:
     if into != out:  # what goes past the block is computed first, and waits
         kept = replace(kept, row=(out + max(_row(into, out), _row(out, out))) * row)
         return (replace(kept, held=into * height * row) if halves_channels(step) else kept,)
-    return kept, Way(into * height * row, 2 * _row(into, out) * row, height, 4, True)
+    return replace(kept, reuses=True), Way(into * height * row, 2 * _row(into, out) * row, height, 4, True)
 
 
 def halves_channels(step: VaeStep) -> bool:

@@ -183,6 +183,8 @@ class _Walk:
     def result(self) -> Tensor:
         for index, step in enumerate(self.steps):
             self.way = way_taken(self.ways[index], index in self.plan.again)
+            if not self.way.reuses:
+                self.spare = None
             self.map = getattr(self, f"_{step.kind}")(step)
         assert isinstance(self.map, Stored)
         return self.map.tensor
@@ -194,23 +196,19 @@ class _Walk:
 
     def _whole(self, step: Stage) -> Map:
         assert isinstance(self.map, Stored)
-        self.spare = None
         self._look()
         return Stored(step.call(self.map.tensor))
 
     def _up(self, step: Stage) -> Map:
-        self.spare = None
         if isinstance(self.map, Stored) and self._surplus():
             self.map = Stored(self.map.tensor.clone())
         made = Convolved(Upsampled(self.map), step.layer.conv)
         return made if self.way.again else self._kept(made)
 
     def _down(self, step: Stage) -> Map:
-        self.spare = None
         return self._kept(Downsampled(self.map, step.layer.conv))
 
     def _last(self, step: Stage) -> Map:
-        self.spare = None
         norm = self._affine(self.map, step.layer.norm_out)
         return self._kept(Convolved(Activated(self.map, norm), step.layer.conv_out))
 
@@ -240,7 +238,6 @@ class _Walk:
     def _in_place(self, x: Stored, block: AnyModule, first: tuple[Tensor, Tensor]) -> Stored:
         """The block's result in the place of x, and nothing beside it: what is between the convolutions is computed
         twice, and of x the two rows above a band are kept for the neighbours' sake."""
-        self.spare = None
         second = self._affine(Convolved(Activated(x, first), block.conv1), block.norm2)
         old = Overwritten(x.tensor, 2, _wraps(block.conv1) or _wraps(block.conv2))
         between = Convolved(Activated(old, first), block.conv1)
@@ -248,7 +245,6 @@ class _Walk:
 
     def _split(self, x: Stored, between: Convolved, beside: AnyModule) -> tuple[Stored, Stored]:
         """(x as it goes past the block, what is between its convolutions): both have room in the place of x."""
-        self.spare = None
         old = Overwritten(x.tensor, 1, between.wraps or _wraps(beside))
         assert isinstance(between.source, Activated)
         past, between = Convolved(old, beside), Convolved(Activated(old, between.source.affine), between.conv)

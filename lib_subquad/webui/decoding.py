@@ -92,6 +92,20 @@ def dismiss(file: str = "") -> list[str]:
     return told or [_none(file)]
 
 
+def take_in(path: Path | None) -> str:
+    """Put on the list, as a copy, what is kept in a file that is on none, of this web UI or another: a sentence."""
+    if (vae := host().vae) is None:
+        return words.NO_DECODER
+    if path is None:
+        return words.NO_FILE
+    try:
+        kept = latents.read(path)
+        copy = latents.keep(kept.latents, kept.made_by, kept.images, vae.pictures.folders(), host().data_folder())
+    except (OSError, UserError) as error:
+        return str(Said(words.NOT_TAKEN_IN, why=str(error).rstrip(".")))
+    return str(Said(words.TAKEN_IN, file=copy))
+
+
 def _none(file: str) -> str:
     return str(Said(words.NO_SUCH_FILE, file=file)) if file else words.NOTHING_KEPT
 

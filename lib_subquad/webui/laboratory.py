@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
+from pathlib import Path
 
 from modules import shared
 
@@ -248,6 +249,10 @@ class Laboratory:
     def dismiss(self) -> str:
         """Take it off the list of what waits: what became of it, as HTML."""
         return words.lines(decoding.dismiss())
+
+    def take_in(self, path: Path | None) -> str:
+        """Put what a file holds on that list: a sentence, as HTML."""
+        return words.lines([decoding.take_in(path)])
 
     def stop_decoding(self) -> str:
         """Stop that: a sentence."""

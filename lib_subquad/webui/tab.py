@@ -8,6 +8,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 from gradio.context import Context
@@ -23,8 +24,8 @@ from .words import LABELS, Said
 ELEMENT = "subquad_tab"
 USUAL = status.Images(512, 512, 1)
 LOOKED = 10  # what `_look` answers
-# The parameter that takes JavaScript changed its name in gradio 4.
-SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
+GRADIO_3 = gr.__version__.startswith("3.")
+SCRIPT = "_js" if GRADIO_3 else "js"  # the parameter that takes JavaScript
 
 
 @dataclass
@@ -98,6 +99,11 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 findings = gr.HTML(elem_id="subquad_findings")
                 forget = _button("forget")
                 forgotten = gr.HTML(elem_id="subquad_forgotten")  # where the button is: the message is far above
+                gr.HTML(words.line(words.TAKE_IN))
+                take_in = gr.UploadButton(
+                    LABELS["take_in"], file_types=[".safetensors"], elem_id="subquad_take_in", min_width=80
+                )
+                taken = gr.HTML(elem_id="subquad_taken")
             ask, look = (_button(name, elem_classes="subquad-hidden") for name in ("ask", "look"))  # for scripts
         visit = gr.State(Visit())  # gradio copies it for each page
         payload = gr.Textbox(visible=False, elem_id="subquad_payload")
@@ -129,7 +135,10 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         measured = [result, plot, message, *buttons]
         if with_queue:
             measuring = on(go.change, _measure, asked, measured, {"show_progress": "hidden"})
-            gone.change(None, cancels=measuring)  # one that runs is not torn off: it ends with what it has measured
+            # One that runs is not torn off: it ends with what it has measured. In gradio 4 one that waits is not either:
+            # it would answer all the same, in its turn, and end the stream of answers to the page that cancelled it.
+            if GRADIO_3:
+                gone.change(None, cancels=measuring)
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
             measuring = on(go.change, _measure_at_once, asked, measured)
         then_look(measuring)
@@ -149,6 +158,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         else:
             then_look(on(decode.click, _decode_at_once, None, decoded))
         then_look(on(dismiss.click, _dismiss, None, [message]))
+        then_look(on(take_in.upload, _take_in, [visit, take_in], [taken]))
         opened = [*asked, payload]
         script = {SCRIPT: browser.with_page_size(len(opened))}
         show = _answering(_open, len(looked) + len(question))
@@ -305,6 +315,11 @@ def _stop_decoding():
 
 def _dismiss():
     return [LABORATORY.dismiss()]
+
+
+def _take_in(_visit: Visit, uploaded):
+    path = getattr(uploaded, "name", uploaded)  # gradio 3 sends a file that it has open
+    return [LABORATORY.take_in(Path(path) if path else None)]
 
 
 def _and_tell(action):

@@ -45,6 +45,7 @@ LABELS = {
     "decode": "Decode what was kept",
     "stop": "Stop decoding",
     "dismiss": "Dismiss",
+    "take_in": "Take in a kept file",
 }
 # As short as a button wants them.
 SETTING_NAMES = {"engine": "engine", "query_chunk": "query chunk", "kv_chunk": "KV chunk"}
@@ -105,7 +106,7 @@ CHOOSE_ENGINE = "Set the engine to automatic, or to one that can."
 MEASURE_OWN = "Your own engine or chunk sizes are not what automatic takes: Measure tells which is faster."
 MEASURE_TILES = "Measure finds the chunk sizes that are fastest on this device."
 SMALLER = "Make images of {size} at most."
-INSIDE = "Images of {size} at most stay inside it."
+INSIDE = "Images of {size} at most stay inside the memory limit."
 RAISE_LIMIT = "Set the memory limit to {percent} %, or make images of {size} at most."
 IN_BANDS = "Set VAE in bands to when needed: then it takes {needed}."
 FREE_MEMORY = "Close other programs that use this device's memory."
@@ -156,6 +157,13 @@ NOT_DECODED = "{file} is not decoded, and stays where it is until you delete it:
 DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
 NO_SUCH_FILE = "{file} does not wait to be decoded."
 DISMISSED = "Taken off the list: {file}. The file stays where it is; delete it when you like."
+TAKE_IN = (
+    "A file subquad-latent-….safetensors that does not wait to be decoded any more, as it was dismissed, or that comes "
+    "from elsewhere: take it in, and it waits again."
+)
+TAKEN_IN = "It waits to be decoded, below the buttons of this tab, as {file}"
+NOT_TAKEN_IN = "It is not taken in: {why}."
+NO_FILE = "No file was chosen."
 STILL_TOO_LITTLE = "There is still too little memory. Close other programs that use it, then decode."
 
 TERMS = {

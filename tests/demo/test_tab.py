@@ -170,6 +170,32 @@ def test_what_nobody_wants_is_dismissed(page, data_folder):
     assert cut_off(page) == violations(page) == []
 
 
+def test_what_was_dismissed_is_taken_in_again(page, data_folder):
+    """Under *About*; what is no kept file is refused in words."""
+    path = latents.keep(torch.randn(1, 4, 8, 8), {}, [{"seed": 1}], [data_folder / "images"], data_folder)
+    latents.take_off(path, data_folder)
+    page.set_viewport_size({"width": 390, "height": 800})
+    tab = AttentionTab(page).open(side=64)
+    tab.unfold("about")
+
+    def take_in(file):
+        with page.expect_file_chooser() as chooser:
+            tab.click("take_in")
+        chooser.value.set_files(str(file))
+
+    other = data_folder / "other.safetensors"
+    other.write_bytes(b"nothing")
+    take_in(other)
+    tab.wait_for("#subquad_taken", "It is not taken in: other.safetensors cannot be read")
+    take_in(path)
+    tab.wait_for("#subquad_taken", "It waits to be decoded")
+    page.wait_for_selector("#subquad_decode", state="visible")
+    assert cut_off(page) == violations(page) == []
+    (copy,) = latents.waiting(data_folder)
+    assert latents.read(copy).images[0]["seed"] == 1
+    latents.take_off(copy, data_folder)
+
+
 def test_cancel_takes_a_waiting_measure_out_of_the_queue(browser, address):
     """While another visitor measures, who is not disturbed by it."""
     pages = [opened(browser, address) for _ in range(2)]

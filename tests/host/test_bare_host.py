@@ -140,6 +140,7 @@ def page(loaded):
         ("subquad_forget", "click", "Nothing has been measured on this device."),
         ("subquad_decode", "click", "Nothing waits to be decoded."),
         ("subquad_dismiss", "click", "Nothing waits to be decoded."),
+        ("subquad_take_in", "upload", "This web UI shows no way to decode it."),
         ("subquad_stop", "click", "Nothing is being decoded."),
     ],
 )

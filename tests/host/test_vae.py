@@ -581,3 +581,40 @@ def test_what_nobody_wants_is_dismissed(ours):
     assert f"Taken off the list: {path}. The file stays" in told and path.is_file()
     assert kept_again(ours) == [] and "is kept in" not in ours.status.summary()
     assert "Nothing waits" in LABORATORY.dismiss()
+
+
+def test_what_was_dismissed_or_comes_from_elsewhere_is_taken_in(ours, tmp_path):
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    expected = ours.generate()
+    lost(ours)
+    (path,) = kept(ours)
+    LABORATORY.dismiss()
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    path.rename(elsewhere)
+    told = LABORATORY.take_in(elsewhere)
+    (copy,) = ours.decoding.waiting()
+    assert str(copy) in told and copy.parent == path.parent and elsewhere.is_file()
+    ((image,), _) = ours.decoding.decode(copy.name)
+    assert apart(Image.open(image), expected) <= 1
+    assert "No file was chosen." in LABORATORY.take_in(None)
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_what_is_no_kept_file_is_not_taken_in(ours, tmp_path, content):
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    told = LABORATORY.take_in(path)
+    assert "It is not taken in: model.safetensors cannot be read: " in told and ".." not in told
+    assert ours.decoding.waiting() == []
+
+
+def test_where_nothing_can_be_written_nothing_is_taken_in(ours, monkeypatch):
+    from lib_subquad.webui.laboratory import LABORATORY
+
+    lost(ours)
+    (path,) = kept(ours)
+    monkeypatch.setattr(type(ours.host.vae.pictures), "folders", lambda self: [])
+    assert "there is no folder" in LABORATORY.take_in(path) and ours.decoding.waiting() == [path]
