@@ -136,7 +136,7 @@ OPTIONS: dict[str, Option] = {
     "vae": Option(
         True,
         "Use it in the VAE too",
-        "Also take over the VAE's attention, whose one wide head needs the most memory of a large image.",
+        "Also take over the VAE's attention, whose one wide head needs the most memory of all attention.",
     ),
     "vae_bands": Option(
         "when needed",

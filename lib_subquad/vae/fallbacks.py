@@ -35,6 +35,7 @@ def as_it_fits(
     interrupted: Callable[[], bool] = bool,
     progress: Progress | None = None,
     report: Report | None = None,
+    short: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """What the decoder or encoder of a VAE makes of `x`, if there is any way to.
 
@@ -49,6 +50,8 @@ def as_it_fits(
             from another thread finds them.
         report: told the plan of bands that was carried out, with `ON_PROCESSOR` among its reasons if it was there;
             nothing of the half's own way.
+        short: called before anything for which memory may not suffice: where its own way does not seem to fit, and each
+            time that memory ran out. A system that has none left may end the process without a word.
 
     Returns:
         [batch, channels, height, width], in the dtype and on the device that half(x) would give.
@@ -66,7 +69,9 @@ def as_it_fits(
         return in_bands(half, x, free_bytes=free_bytes, report=report, **how)
 
     ways = [banded]
-    if settings.vae_bands != ALWAYS and _seems_to_fit(half, x, settings, forward, free_bytes):
+    if not _seems_to_fit(half, x, settings, forward, free_bytes):
+        short()
+    elif settings.vae_bands != ALWAYS:
         ways.insert(0, lambda: own(x))
     if processor and x.device.type != "cpu":
         ways.append(lambda: _on_processor(half, x, report, **how))
@@ -80,6 +85,7 @@ def as_it_fits(
         # Out of the except block the traceback is gone, and with it the tensors that its frames held.
         devices.release_cached(x.device)
         memory.forget()
+        short()
         going_on = "in bands" if way is not banded else ON_PROCESSOR
         retry.warn_once(f"[subquad] out of memory in the VAE: going on {going_on}")
 

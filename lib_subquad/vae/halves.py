@@ -27,7 +27,7 @@ from .parts import AnyModule, Stage
 
 Progress = Callable[[float], None]
 MOST_FREED = 48 * devices.MIB
-SMALLEST = "not even the smallest bands of the VAE fit"
+SMALLEST = "Not even the smallest bands of the VAE fit."
 
 
 class Interrupted(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
 
 from ..console import UserError
@@ -139,7 +139,9 @@ def mount(_page, app: FastAPI) -> None:
         ("POST", "/subquad/v1/kept", decode_route, DecodedResponse),
         ("DELETE", "/subquad/v1/kept", dismiss_route, DismissedResponse),
     ):
-        app.add_api_route(path, endpoint, methods=[method], response_model=response, dependencies=dependencies)
+        takes_no_body = [Depends(nothing_but_an_address)] if method != "GET" else []
+        how = {"response_model": response, "dependencies": [*dependencies, *takes_no_body]}
+        app.add_api_route(path, endpoint, methods=[method], **how)
     app.openapi_schema = None  # made anew, with our routes
 
 
@@ -199,13 +201,19 @@ def kept_route() -> KeptResponse:
     return KeptResponse(waiting=[sendable(path.name) for path in decoding.waiting()])
 
 
-def decode_route(file: str = "") -> DecodedResponse:
+async def nothing_but_an_address(request: Request) -> None:
+    """Whoever names a file elsewhere means that one, and not all of them."""
+    if (await request.body()).strip() not in (b"", b"{}", b"null"):
+        raise HTTPException(422, "Name a file in the address, as in ?file=…, and send no body.")
+
+
+def decode_route(file: str | None = None) -> DecodedResponse:
     """Decode all of it, or this file, when no image is being made."""
     images, told = decoding.decode(file)
     return DecodedResponse(images=[sendable(path.name) for path in images], told=list(map(sendable, told)))
 
 
-def dismiss_route(file: str = "") -> DismissedResponse:
+def dismiss_route(file: str | None = None) -> DismissedResponse:
     """Take all of it, or this file, off the list of what waits; files stay where they are."""
     return DismissedResponse(told=list(map(sendable, decoding.dismiss(file))))
 

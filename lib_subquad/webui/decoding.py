@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 from .. import device as devices
@@ -12,19 +13,21 @@ from .hosts import host
 from .words import Said
 
 _under_way: tuple[str, int, int] | None = None  # the name of a file, its number, and how many there are
+_became: tuple[int, list[str]] = 0, []  # the generation after which it was decoded, and what became of it
 
 
-def waiting(file: str = "") -> list[Path]:
-    """The files of what is to be decoded; or those of this name."""
-    return [path for path in latents.waiting(host().data_folder()) if file in ("", path.name)]
+def waiting(file: str | None = None) -> list[Path]:
+    """The files of what is to be decoded, or those of this name. Not what an image is made of at this moment."""
+    now = host().vae.secured if host().vae is not None else None
+    return [path for path in latents.waiting(host().data_folder()) if file in (None, path.name) and path != now]
 
 
-def decode(file: str = "") -> tuple[list[Path], list[str]]:
+def decode(file: str | None = None) -> tuple[list[Path], list[str]]:
     """Decode every one, or those of this name: the images, and a sentence about each file. Not while an image is made.
 
     Never raises: what cannot be decoded stays where it is, and the sentence says why.
     """
-    global _under_way
+    global _under_way, _became
     files = waiting(file)
     if not files:
         return [], [_none(file)]
@@ -32,7 +35,9 @@ def decode(file: str = "") -> tuple[list[Path], list[str]]:
         return [], [words.NO_DECODER]
     if not host().lock().acquire(blocking=False):
         return [], [words.DECODE_LATER]
-    made, told = [], []
+    made: list[Path] = []
+    told: list[str] = []
+    _under_way = files[0].name, 1, len(files)
     try:
         host().prepare()
         with host().vae.pictures.job("subquad"):
@@ -41,18 +46,25 @@ def decode(file: str = "") -> tuple[list[Path], list[str]]:
                 if host().interrupted():
                     told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
                     break
+                if path not in waiting():  # it was dismissed meanwhile
+                    continue
                 try:
-                    images = _decoded(path)
+                    images, is_part = _decoded(path)
                 except Interrupted:
                     told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
                     break
                 except Exception as error:  # of any web UI, with any model
+                    if not isinstance(error, UserError):
+                        say(traceback.format_exc())
                     told.append(_why_not(path, error))
+                    say(f"[subquad] {told[-1]}")
                     continue
                 made += images
-                told.append(str(Said(words.DECODED, file=path.name, images=", ".join(map(str, images)))))
+                form = words.DECODED_PART if is_part else words.DECODED
+                told.append(str(Said(form, file=path.name, images=", ".join(map(str, images)))))
                 say(f"[subquad] {told[-1]}")
     finally:
+        _became = status.generation().number, [*told, words.FILES_STAY] if made else told
         _under_way = None
         try:
             devices.release_cached(host().device())
@@ -74,15 +86,23 @@ def progress() -> Said | None:
     )
 
 
+def became() -> list[str]:
+    """What became of what was decoded last, as long as no other image is made: a sentence about each file, and one of
+    them all."""
+    number, told = _became
+    return told if number == status.generation().number else []
+
+
 def stop() -> str:
-    """End it after the band that is under way: a sentence. What has not been decoded waits on."""
+    """End it after the band that is under way, as `progress` says then: a sentence if nothing is decoded. What has not
+    been decoded waits on."""
     if _under_way is None:
         return words.NOT_DECODING
     host().interrupt()
-    return words.DECODING_STOPS
+    return ""
 
 
-def dismiss(file: str = "") -> list[str]:
+def dismiss(file: str | None = None) -> list[str]:
     """Take every one off the list, or those of this name: a sentence about each file."""
     told = []
     for path in waiting(file):
@@ -106,8 +126,8 @@ def take_in(path: Path | None) -> str:
     return str(Said(words.TAKEN_IN, file=copy))
 
 
-def _none(file: str) -> str:
-    return str(Said(words.NO_SUCH_FILE, file=file)) if file else words.NOTHING_KEPT
+def _none(file: str | None) -> str:
+    return words.NOTHING_KEPT if file is None else str(Said(words.NO_SUCH_FILE, file=file))
 
 
 def _forget(path: Path) -> None:
@@ -116,7 +136,8 @@ def _forget(path: Path) -> None:
         status.kept("")
 
 
-def _decoded(path: Path) -> list[Path]:
+def _decoded(path: Path) -> tuple[list[Path], bool]:
+    """The images, and whether they were to be put into others."""
     kept, vae = latents.read(path), host().vae
     vae.pictures.make_ready(kept.made_by)
     with status.apart() as seen:
@@ -127,7 +148,7 @@ def _decoded(path: Path) -> list[Path]:
         images.append(vae.pictures.save(picture, kept.folder, told))
     latents.take_off(path, host().data_folder())
     _forget(path)
-    return images
+    return images, any(told["part"] for told in kept.images)
 
 
 def _why_not(path: Path, error: Exception) -> str:

@@ -236,31 +236,32 @@ class Laboratory:
         return str(Said(words.FORGOTTEN, kinds=status.counted(count, "kind", "kinds"), then=then)), {}
 
     def decode(self) -> Iterator[str]:
-        """Decode what was kept: how far it is, and at last what became of it, as HTML."""
+        """Decode what was kept, which `waiting` tells of meanwhile, again and again: at last why not, as HTML."""
         with ThreadPoolExecutor(1) as worker:
             decoded = worker.submit(decoding.decode)
-            while not decoded.done():
-                if told := decoding.progress():
-                    yield words.line(told.html())
-                wait([decoded], TURN_SECONDS)
-            _, sentences = decoded.result()
-        yield words.lines(sentences)
+            while not wait([decoded], TURN_SECONDS).done:
+                yield ""
+            _, told = decoded.result()
+        yield "" if set(told) <= set(decoding.became()) else words.lines(told)
 
     def dismiss(self) -> str:
         """Take it off the list of what waits: what became of it, as HTML."""
-        return words.lines(decoding.dismiss())
+        told = decoding.dismiss()
+        return words.lines(told if told == [words.NOTHING_KEPT] else [*told, words.FILES_STAY])
 
     def take_in(self, path: Path | None) -> str:
         """Put what a file holds on that list: a sentence, as HTML."""
         return words.lines([decoding.take_in(path)])
 
     def stop_decoding(self) -> str:
-        """Stop that: a sentence."""
+        """Stop that: a sentence where there is nothing to be stopped."""
         return decoding.stop()
 
-    def waiting(self) -> str:
-        """What waits to be decoded, as HTML; empty where nothing does."""
-        return words.waiting(decoding.waiting())
+    def waiting(self) -> tuple[str, bool, bool]:
+        """(What waits to be decoded, how far that is and what became of it, as HTML, empty where there is nothing to be
+        told; whether anything waits; whether it is decoded now)"""
+        files, progress = decoding.waiting(), decoding.progress()
+        return words.waiting(files, progress, decoding.became()), bool(files or progress), progress is not None
 
     def status(self) -> str:
         """Which optimization is active, and what the last generation took, as HTML."""

@@ -20,6 +20,7 @@ from ..lab.whole import write_whole
 LIST = "subquad_latents.json"  # in the web UI's data folder
 LATENTS, FORMAT = "latents", "subquad_latents"
 LARGEST_LIST = 1 << 20  # bytes
+TOLD = {"infotext": str, "seed": int, "prompt": str, "name": str, "part": bool}
 
 _editing = threading.Lock()  # the list
 _here: list[Path] = []  # those of this process, where there is no data folder
@@ -30,7 +31,8 @@ class Sampled:
     """Latents [images, channels, height, width] as the sampler left them, and what belongs to them.
 
     `made_by` tells what they are to be decoded with, as the web UI names it; `folder` is where their images would be;
-    `images` tells the infotext, seed and prompt of each.
+    `images` tells of each what `TOLD` names: the name of its file is without number or ending, and `part` says that it
+    was to be put into another picture.
     """
 
     latents: Tensor
@@ -82,19 +84,26 @@ def read(path: Path) -> Sampled:
     try:
         with safe_open(str(path), "pt") as file:
             told, latents = file.metadata() or {}, file.get_tensor(LATENTS)
-        images = tuple(
-            {name: it.get(name) for name in ("infotext", "seed", "prompt")} for it in json.loads(told["images"])
-        )
+        images = tuple(map(_told, json.loads(told["images"])))
         made_by = json.loads(told["made_by"])
         if told[FORMAT] != "1" or not isinstance(made_by, dict) or latents.dim() != 4 or len(latents) != len(images):
-            raise ValueError("it is of another version")
+            raise ValueError("its parts do not belong together")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.name} cannot be read: {first_line(error)}.") from error
+        why = first_line(error).rstrip(".")
+        raise UserError(f"it is damaged, cut short or of another kind ({why}).") from error
     return Sampled(latents, made_by, path.parent, images)
+
+
+def _told(image: dict[str, object]) -> dict[str, object]:
+    """What it tells, if that is what it should be."""
+    return {name: it if isinstance(it := image.get(name), kind) else None for name, kind in TOLD.items()}
 
 
 def waiting(data_folder: Path | None) -> list[Path]:
     """The files on the list that are there now, the oldest first. Never raises."""
+    with _editing, contextlib.suppress(OSError):
+        if data_folder is not None:
+            _put_aside_what_cannot_be_read(data_folder / LIST)
     return list(filter(_is_file, _listed(data_folder)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,6 +109,12 @@ class Generation:
 
 
 _generation = Generation()
+_apart: ContextVar[Generation | None] = ContextVar("subquad_apart", default=None)
+
+
+def _seen() -> Generation:
+    """What is to be told of what this thread computes."""
+    return _apart.get() or _generation
 
 
 def begin(images: Images | None = None, wanted: str = AUTOMATIC) -> None:
@@ -118,12 +125,12 @@ def begin(images: Images | None = None, wanted: str = AUTOMATIC) -> None:
 
 def record(plan: Plan, place: object | None = None) -> None:
     """One call of attention was carried out by `plan`, for this place of the model if it is known."""
-    _generation.record(plan, place)
+    _seen().record(plan, place)
 
 
 def record_bands(plan: BandPlan) -> None:
     """Half of a VAE was computed in bands by `plan`."""
-    _generation.record_bands(plan)
+    _seen().record_bands(plan)
 
 
 def kept(sentence: str, sketched: bool = False) -> None:
@@ -133,18 +140,18 @@ def kept(sentence: str, sketched: bool = False) -> None:
 
 @contextlib.contextmanager
 def apart() -> Iterator[Generation]:
-    """What is computed meanwhile belongs to no generation that is told of later."""
-    global _generation
-    before, _generation = _generation, Generation()
+    """What this thread computes meanwhile belongs to no generation that anybody is told of."""
+    seen = Generation()
+    token = _apart.set(seen)
     try:
-        yield _generation
+        yield seen
     finally:
-        _generation = before
+        _apart.reset(token)
 
 
 def pass_on(reason: str) -> None:
     """One call was left to the web UI's own attention."""
-    _generation.passed_on[reason] += 1
+    _seen().passed_on[reason] += 1
 
 
 def measuring(sentence: str) -> None:

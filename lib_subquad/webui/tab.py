@@ -23,7 +23,7 @@ from .words import LABELS, Said
 
 ELEMENT = "subquad_tab"
 USUAL = status.Images(512, 512, 1)
-LOOKED = 10  # what `_look` answers
+LOOKED = 13  # what `_look` answers
 GRADIO_3 = gr.__version__.startswith("3.")
 SCRIPT = "_js" if GRADIO_3 else "js"  # the parameter that takes JavaScript
 
@@ -85,11 +85,10 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
                 measure = _button("measure")
                 cancel, apply, undo = (_button(name, visible=False) for name in ("cancel", "apply", "undo"))
             message = gr.HTML(elem_id="subquad_message")
-            with gr.Column(visible=False) as rescue:
-                kept = gr.HTML(elem_id="subquad_kept")
-                with gr.Row():
-                    decode, stop = _button("decode", variant="primary"), _button("stop", visible=False)
-                    dismiss = _button("dismiss")
+            kept = gr.HTML(elem_id="subquad_kept")
+            with gr.Row(visible=False) as rescue:
+                decode, stop = _button("decode", variant="primary"), _button("stop", visible=False)
+                dismiss = _button("dismiss")
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -113,7 +112,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
     question = [checkpoint, width, height, batch]
     asked = [visit, *question]
     buttons = [measure, cancel, apply, undo]
-    looked = [sentence, status_line, details, findings, kept, rescue, *buttons]
+    rescued = [kept, rescue, decode, stop, dismiss]
+    looked = [sentence, status_line, details, findings, *rescued, *buttons]
     quietly = {"queue": False, "show_progress": "hidden"}
     with_queue = not getattr(shared.cmd_opts, "no_gradio_queue", False)
 
@@ -135,8 +135,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
         measured = [result, plot, message, *buttons]
         if with_queue:
             measuring = on(go.change, _measure, asked, measured, {"show_progress": "hidden"})
-            # One that runs is not torn off: it ends with what it has measured. In gradio 4 one that waits is not either:
-            # it would answer all the same, in its turn, and end the stream of answers to the page that cancelled it.
+            # One that runs is not torn off: it ends with what it has measured. Nor is one that waits in gradio 4, which
+            # would answer in its turn all the same, and end the stream of answers to the page that cancelled it.
             if GRADIO_3:
                 gone.change(None, cancels=measuring)
         else:  # gradio neither lets a function answer twice nor starts with anything that could be cancelled
@@ -152,7 +152,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
         on(stop.click, _stop_decoding, None, [message])
-        decoded = [message, decode, stop]
+        decoded = [message, *rescued]
         if with_queue:
             then_look(on(decode.click, _decode, None, decoded, {"show_progress": "hidden"}))
         else:
@@ -188,9 +188,8 @@ def _look(visit: Visit, *question):
     """All that follows from the question, the settings and what was measured."""
     visit.told, details = LABORATORY.look(*question)
     sentence = words.answer(visit.told.sentences, visit.told.step, _asked(*question))
-    kept = LABORATORY.waiting()
-    visit.shown = (sentence, LABORATORY.status(), details, LABORATORY.findings(), kept)
-    return [*visit.shown, gr.update(visible=bool(kept)), *_buttons(visit)]
+    visit.shown = (sentence, LABORATORY.status(), details, LABORATORY.findings())
+    return [*visit.shown, *_rescued(), *_buttons(visit)]
 
 
 def _asked(_title, *numbers) -> str:
@@ -200,14 +199,15 @@ def _asked(_title, *numbers) -> str:
 
 
 def _look_again(visit: Visit, *question):
-    """The same, where anything has changed. Not while something is measured, which it would disturb. The buttons in
-    any case: of two answers that were on their way at once the elder may have arrived last."""
+    """The same, where anything has changed. Not while something is measured, which it would disturb. In any case what
+    waits, and the buttons: of two answers that were on their way at once the elder may have arrived last."""
     before = visit.shown
     if not LABORATORY.measuring:
         found = _look(visit, *question)
         if visit.shown != before:
             return found
-    return [*[gr.update()] * (LOOKED - len(BUSY)), *_buttons(visit)]
+    told = [*_rescued(), *_buttons(visit)]
+    return [*[gr.update()] * (LOOKED - len(told)), *told]
 
 
 def _open(visit: Visit, title, *given):
@@ -249,6 +249,17 @@ def _buttons(visit: Visit) -> list:
         {"visible": bool(undoable), "value": LABELS["undo"].format(changes=undoable)},
     ]
     return list(map(_update, states))
+
+
+def _rescued() -> list:
+    """What was kept, and its buttons: on every page alike, whichever it was that said Decode."""
+    told, waits, busy = LABORATORY.waiting()
+    return [told, *map(_update, [{"visible": waits}, *_while_decoding(busy)])]
+
+
+def _while_decoding(busy: bool) -> list[dict[str, object]]:
+    """Decode, Stop and Dismiss."""
+    return [{"interactive": not busy}, {"visible": busy}, {"interactive": not busy}]
 
 
 def _update(state: dict[str, object]):
@@ -297,20 +308,22 @@ def _apply(visit: Visit):
 
 
 def _decode():
-    """The generator behind Decode: how far it is and at last the answer, and the two buttons."""
-    yield [gr.update(), gr.update(interactive=False), gr.update(visible=True)]
+    """The generator behind Decode: why not, if it is not done; how far it is and at last what became of it; and its
+    buttons."""
+    yield ["", gr.update(), gr.update(), *map(_update, _while_decoding(True))]
     for told in LABORATORY.decode():
-        yield [told, gr.update(), gr.update()]
-    yield [gr.update(), gr.update(interactive=True), gr.update(visible=False)]
+        yield [told, *_rescued()]
 
 
 def _decode_at_once():
-    *_, told = LABORATORY.decode()
-    return [told, gr.update(), gr.update()]
+    *_, last = _decode()
+    return last
 
 
 def _stop_decoding():
-    return [words.line(LABORATORY.stop_decoding())]
+    """That it stops is said where it is said how far it is."""
+    told = LABORATORY.stop_decoding()
+    return [told and words.line(told)]
 
 
 def _dismiss():

@@ -8,7 +8,7 @@ as it is; and markup in it stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -142,21 +142,21 @@ FAILED = "That did not work: {error}"
 
 # ------------------------------------------------------------------------------------ images that wait to be decoded
 
-WAIT_TO_BE_DECODED = (
-    "Memory did not suffice to decode what was sampled, or decoding was interrupted. It is kept: {files}"
-)
+WAITS_TO_BE_DECODED = "Sampled, but not decoded yet:"
 DECODING = "Decoding {file}, {number} of {count}."
 DECODING_BANDS = "Decoding {file}, {number} of {count}: {share}"
 DECODING_STOPS = "Decoding stops as soon as what is under way is done."
 NOT_DECODING = "Nothing is being decoded."
 NO_DECODER = "This web UI shows no way to decode it."
 NOTHING_KEPT = "Nothing waits to be decoded."
-DECODE_LATER = "An image is being made or decoded: decode when that is done."
-DECODED = "Decoded {file}: {images}. The file stays where it is; delete it when you like."
+DECODE_LATER = "An image was being made or decoded just then: decode when that is done."
+DECODED = "Decoded {file}: {images}."
+DECODED_PART = f"{DECODED} That is the inpainted part alone, which is not put into its picture."
+FILES_STAY = "What was kept stays where it is; delete it when you like."
 NOT_DECODED = "{file} is not decoded, and stays where it is until you delete it: {why}"
 DECODING_INTERRUPTED = "Decoding {file} was interrupted. It stays where it is."
 NO_SUCH_FILE = "{file} does not wait to be decoded."
-DISMISSED = "Taken off the list: {file}. The file stays where it is; delete it when you like."
+DISMISSED = "Taken off the list: {file}."
 TAKE_IN = (
     "A file subquad-latent-….safetensors that does not wait to be decoded any more, as it was dismissed, or that comes "
     "from elsewhere: take it in, and it waits again."
@@ -361,10 +361,11 @@ def measured(found: Mapping[Class, Found], settings: Settings) -> str:
     return line(f"{term('Measured on this device')}: {kinds}{unused}")
 
 
-def waiting(files: Iterable[Path]) -> str:
-    """What is kept and waits to be decoded; empty where nothing does."""
-    files = tuple(files)
-    return line(Said(WAIT_TO_BE_DECODED, files=files).html()) if files else ""
+def waiting(files: Sequence[Path], progress: Said | None, became: Iterable[str]) -> str:
+    """What is kept and waits to be decoded, how far that is, and what became of what was; empty where there is none."""
+    listed = "".join(f"<li><bdi>{escape(str(path))}</bdi></li>" for path in files)
+    listed = f'{line(WAITS_TO_BE_DECODED)}<ul class="subquad-words" dir="auto">{listed}</ul>' if files else ""
+    return listed + (lines(became) if progress is None else line(progress.html()))
 
 
 def findings(found: Mapping[Class, Found]) -> str:

@@ -151,11 +151,26 @@ def test_what_was_kept_is_decoded(page, data_folder):
     tab.wait_for("#subquad_kept", path.name)
     assert cut_off(page) == violations(page) == []
     tab.click("decode")
-    tab.wait_for("#subquad_message", f"Decoded {path.name}: ")
+    tab.wait_for("#subquad_kept", f"Decoded {path.name}: ")
     page.wait_for_selector("#subquad_decode", state="hidden")
     assert cut_off(page) == []
     (image,) = path.parent.glob("*.png")
     assert Image.open(image).info["parameters"] == made["infotext"]
+
+
+def test_every_page_tells_what_became_of_it(browser, address, data_folder):
+    path = latents.keep(torch.randn(1, 4, 8, 8), {}, [{"seed": 1}], [data_folder / "images"], data_folder)
+    pages = [opened(browser, address) for _ in range(2)]
+    try:
+        one, other = (AttentionTab(page).open(side=64) for page in pages)
+        one.click("decode")
+        for tab in (one, other):
+            tab.wait_for("#subquad_kept", f"Decoded {path.name}: ")
+            tab.page.wait_for_selector("#subquad_decode", state="hidden")
+        assert other.page.locator("#subquad_message").first.inner_text().strip() == ""
+    finally:
+        for page in pages:
+            page.close()
 
 
 def test_what_nobody_wants_is_dismissed(page, data_folder):
@@ -186,7 +201,7 @@ def test_what_was_dismissed_is_taken_in_again(page, data_folder):
     other = data_folder / "other.safetensors"
     other.write_bytes(b"nothing")
     take_in(other)
-    tab.wait_for("#subquad_taken", "It is not taken in: other.safetensors cannot be read")
+    tab.wait_for("#subquad_taken", "It is not taken in: it is damaged")
     take_in(path)
     tab.wait_for("#subquad_taken", "It waits to be decoded")
     page.wait_for_selector("#subquad_decode", state="visible")

@@ -197,7 +197,8 @@ def test_another_checkpoint_than_the_one_that_made_it(ours, monkeypatch):
 def test_not_while_an_image_is_made(ours):
     lost(ours)
     with ours.host.lock():
-        assert ours.decoding.decode() == ([], ["An image is being made or decoded: decode when that is done."])
+        later = "An image was being made or decoded just then: decode when that is done."
+        assert ours.decoding.decode() == ([], [later])
     assert len(ours.decoding.decode()[0]) == 1
     assert not ours.host.waiting()
 
@@ -218,9 +219,10 @@ def test_a_file_that_is_broken_stays_and_says_so(ours, content):
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"files": 3}', '{"files": [3, null, {}]}', "[" * 100_000, '{"files": ["\\u0000"]}']
 )
-def test_a_list_that_is_broken_is_no_list(ours, content):
+def test_a_list_that_is_broken_is_no_list(ours, content, capsys):
     (ours.folder / ours.latents.LIST).write_text(content, encoding="utf-8")
     assert ours.decoding.waiting() == []
+    assert ("cannot be read, and is" in capsys.readouterr().out) == (not content.startswith('{"files": ['))
     lost(ours)
     assert len(ours.decoding.waiting()) == 1
     aside = [it.read_text(encoding="utf-8") for it in ours.folder.glob("subquad_latents.broken.json")]
@@ -248,6 +250,182 @@ def test_decoding_later_is_of_no_generation(ours):
     assert "is kept in" in ours.status.summary()
     ours.decoding.decode()
     assert "is kept in" not in ours.status.summary()
+
+
+def test_what_the_status_tells_is_of_images_while_something_is_decoded_later(ours, monkeypatch):
+    lost(ours)
+    ours.generate(seed=7)
+    before, during = ours.status.summary(), []
+    save = type(ours.host.vae.pictures).save
+
+    def told_on_a_page(*given):
+        page = threading.Thread(target=lambda: during.append(ours.status.summary()))
+        with ours.status.apart():
+            page.start()
+            page.join()
+        return save(*given)
+
+    monkeypatch.setattr(type(ours.host.vae.pictures), "save", told_on_a_page)
+    assert len(ours.decoding.decode()[0]) == 1 and during == [before]
+
+
+def test_what_is_dismissed_while_another_is_decoded_is_not_decoded(ours, monkeypatch):
+    for seed in (1, 2):
+        lost(ours, seed=seed)
+    save = type(ours.host.vae.pictures).save
+
+    def saved(*given):
+        ours.decoding.dismiss()
+        return save(*given)
+
+    monkeypatch.setattr(type(ours.host.vae.pictures), "save", saved)
+    images, told = ours.decoding.decode()
+    assert len(images) == len(told) == 1 and ours.decoding.waiting() == []
+
+
+class NansException(Exception):
+    """As the web UI's."""
+
+
+def gives_nan(ours, monkeypatch, check: bool):
+    """The VAE gives no number; the web UI finds out, if it is told to and can."""
+    from modules import processing
+
+    def decode(model, batch, target_device=None, check_for_nans=False):
+        made = processing.DecodedSamples(torch.full((len(batch), 3, 64, 64), torch.nan))
+        if check and check_for_nans:
+            raise NansException("A tensor with NaNs was produced in VAE.")
+        return made
+
+    ours.select("sdp")
+    monkeypatch.setattr(processing, "decode_latent_batch", decode)
+    ours.select("subquad")
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["the web UI checks", "it does not"])
+def test_what_gives_no_picture_is_not_decoded(ours, monkeypatch, check):
+    lost(ours)
+    with monkeypatch.context() as patch:
+        gives_nan(ours, patch, check)
+        images, (told,) = ours.decoding.decode()
+    assert images == [] and ("A tensor with NaNs" if check else "The VAE gave no picture.") in told
+    assert ours.decoding.waiting() == kept(ours) and len(kept(ours)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(NansException("NaNs in VAE"), "The VAE gave no picture."), (KeyError("a layer"), "Decoding failed.")],
+)
+def test_whatever_keeps_it_from_being_decoded_it_is_kept(ours, monkeypatch, error, said):
+    from modules import processing
+
+    def broken(*_, **__):
+        raise error
+
+    vae = {"vae": "one.vae"}
+    monkeypatch.setattr(type(ours.host.vae.pictures), "made_by", lambda self, model: {"checkpoint": "one", **vae})
+    monkeypatch.setattr(ours.vae, "as_it_fits", broken)
+    with pytest.raises(type(error)) as raised:
+        processing.decode_latent_batch(ours.host.model(), torch.randn(1, 4, 8, 8))
+    (path,) = kept(ours)
+    assert f"{said} " in raised.value.args[0] and str(path) in raised.value.args[0]
+    # With another VAE than the one that gives none it may be decoded.
+    made_by = ours.latents.read(path).made_by
+    assert made_by["checkpoint"] == "one" and ("vae" in made_by) == isinstance(error, KeyError)
+    path.unlink()
+    with pytest.raises(type(error)):  # a model that gave nothing has nothing to be kept
+        processing.decode_latent_batch(ours.host.model(), torch.full((1, 4, 8, 8), torch.nan))
+    assert not kept(ours)
+
+
+def test_where_memory_is_short_it_is_kept_meanwhile(ours, monkeypatch):
+    """A system that has none left ends the process without a word: then it waits when the web UI is started again."""
+    expected, seen = ours.generate(), []
+    in_bands = ours.vae.fallbacks.in_bands
+
+    def watched(*given, **how):
+        (path,) = kept(ours)
+        seen.append((path, ours.decoding.waiting(), ours.latents.waiting(ours.folder)))
+        return in_bands(*given, **how)
+
+    monkeypatch.setattr(ours.vae.fallbacks, "in_bands", watched)
+    with NoRoom(rows=40):
+        assert apart(ours.generate(), expected) <= 1
+    ((path, waiting, listed),) = seen
+    assert waiting == [] and listed == [path]
+    assert kept(ours) == ours.latents.waiting(ours.folder) == [] and "kept" not in ours.status.summary()
+
+    def ended(*_, **__):
+        raise SystemExit
+
+    monkeypatch.setattr(ours.vae.fallbacks, "in_bands", ended)
+    with pytest.raises(SystemExit), NoRoom(rows=40):
+        ours.generate()
+    monkeypatch.undo()
+    monkeypatch.setattr(type(ours.host), "data_folder", lambda self: ours.folder)
+    assert kept_again(ours) == kept(ours) and len(kept(ours)) == 1
+    ((image,), _) = ours.decoding.decode()
+    assert apart(Image.open(image), expected) <= 1
+
+
+def test_what_was_kept_meanwhile_is_kept_once(ours, monkeypatch):
+    lost(ours)
+    assert len(kept(ours)) == 1
+    monkeypatch.setattr(ours.vae.fallbacks, "_seems_to_fit", lambda *_: False)
+    batch_decoded(ours, monkeypatch, stop_at=1)
+    assert len(kept(ours)) == 2 and set(ours.decoding.waiting()) == set(kept(ours))
+    assert sorted(len(ours.latents.read(path).latents) for path in kept(ours)) == [1, 2]
+
+
+def test_names_of_files_are_those_of_the_request(ours, monkeypatch):
+    """Which is gone by the time that the image is made; a file from elsewhere names none outside its folder."""
+    from modules import images
+
+    class Names:
+        def __init__(self, p, seed, prompt, image):
+            self.told = p, seed, prompt, image
+
+        def apply(self, pattern):
+            p, seed, prompt, image = self.told
+            return f"{pattern}|{p.batch_index}|{seed}|{prompt}|{image.width}x{image.height}"
+
+    named = []
+
+    def save_image(image, path, basename, seed=None, prompt=None, forced_filename=None, **_):
+        named.append(forced_filename)
+        return f"{path}/{forced_filename}.png", None
+
+    monkeypatch.setattr(images, "FilenameGenerator", Names, raising=False)
+    monkeypatch.setattr(images, "get_next_sequence_number", lambda path, basename: 7, raising=False)
+    monkeypatch.setattr(images, "save_image", save_image)
+    monkeypatch.setattr(type(ours.opts), "samples_filename_pattern", "[a]/../[b]", raising=False)
+    pictures = ours.host.vae.pictures
+    p = SimpleNamespace(width=64, height=32, iteration=1, batch_size=2, batch_index=0)
+    p.all_seeds, p.all_prompts = [3, 4, 5, 6], ["a", "b", "c", "d"]
+    pictures._request = lambda: p
+    told = [pictures.told(index) for index in (0, 1)]
+    assert p.batch_index == 0 and [it["part"] for it in told] == [False, False]
+    for it in told:
+        pictures.save(torch.zeros(3, 8, 8), ours.folder, it)
+    monkeypatch.setattr(type(ours.opts), "save_images_add_number", False, raising=False)
+    pictures.save(torch.zeros(3, 8, 8), ours.folder, told[1])
+    pictures.save(torch.zeros(3, 8, 8), ours.folder, dict.fromkeys(told[1]))
+    first, second = "[a]_.._[b]_0_5_c_64x32", "[a]_.._[b]_1_6_d_64x32"
+    assert named == [f"00007-{first}", f"00007-{second}", second, None]
+
+
+def test_a_part_of_a_picture_is_told_as_such(ours, monkeypatch):
+    from modules import processing
+
+    ours.host.vae.pictures.begin(p := Inpainting())
+    with pytest.raises(RuntimeError), NoRoom(above=0):
+        processing.decode_latent_batch(ours.host.model(), torch.randn(1, 4, 8, 8))
+    _, (told,) = ours.decoding.decode()
+    assert "That is the inpainted part alone" in told and p.paste_to
+
+
+class Inpainting:
+    paste_to = (0, 0, 64, 64)
 
 
 def test_a_checkpoint_of_another_name_is_the_same(ours, monkeypatch):
@@ -280,13 +458,15 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
 
     monkeypatch.setattr(type(ours.host), "announce", announced)
     steps = LABORATORY.decode()
-    first = next(steps)
-    assert re.search(f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>(: <bdi>[0-9]+%</bdi>|[.])", first)
-    assert reached.wait(30)
-    assert "stops as soon as" in LABORATORY.stop_decoding() and "stops as soon as" in next(steps)
+    assert next(steps) == "" and reached.wait(30)
+    told, waits, busy = LABORATORY.waiting()
+    assert re.search(f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>(: <bdi>[0-9]+%</bdi>|[.])", told)
+    assert waits and busy
+    assert LABORATORY.stop_decoding() == "" == next(steps) and "stops as soon as" in LABORATORY.waiting()[0]
     going_on.set()
-    *_, told = steps
-    assert f"Decoding {path.name} was interrupted. It stays where it is." in told
+    assert list(steps)[-1] == ""
+    told, waits, busy = LABORATORY.waiting()
+    assert f"Decoding {path.name} was interrupted. It stays where it is." in told and waits and not busy
     assert ours.decoding.waiting() == [path] and not ours.host.vae.share
     ours.opts.subquad_vae_bands = "when needed"
     shared.state.interrupted = False
@@ -422,7 +602,7 @@ def test_a_way_of_decoding_is_remembered(ours, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(ours.opts), "sd_vae_decode_method", "TAESD")
         images, (told,) = ours.decoding.decode()
-        assert "It was to be decoded with Full, and now TAESD is chosen. Choose that, then decode." in told
+        assert "It was to be decoded with Full, and now TAESD is chosen. Choose Full under VAE in the settings" in told
         assert images == []
     assert len(ours.decoding.decode()[0]) == 1
 
@@ -551,6 +731,11 @@ def test_the_api(ours):
     (told,) = client.post(f"/subquad/v1/kept?file={third}").json()["told"]
     assert told.startswith(f"Decoded {third}: ") and client.get("/subquad/v1/kept").json() == {"waiting": [first]}
     assert client.post("/subquad/v1/kept?file=x").json() == {"images": [], "told": ["x does not wait to be decoded."]}
+    for method in ("POST", "DELETE"):  # whoever means to name a file means no other
+        assert client.request(method, "/subquad/v1/kept", json={"file": "x"}).status_code == 422
+        assert client.request(method, "/subquad/v1/kept?file=x", json={}).status_code == 200
+        assert "does not wait" in client.request(method, "/subquad/v1/kept?file=").json()["told"][0]
+    assert ours.decoding.waiting()
     assert len(client.delete("/subquad/v1/kept").json()["told"]) == 1
     assert client.delete("/subquad/v1/kept").json() == {"told": ["Nothing waits to be decoded."]}
 
@@ -561,14 +746,20 @@ def test_the_tab_offers_to_decode_what_waits(ours):
     def shown():
         return tab._look(tab.Visit(), models.LOADED, 64, 64, 1)[4:6]
 
-    assert shown() == ["", tab._update({"visible": False})]
+    nothing = tab._update({"visible": False})
+    assert shown() == ["", nothing]
     lost(ours)
     (path,) = kept(ours)
     waits, button = shown()
-    assert f"It is kept: <bdi>{path}</bdi>" in waits and button == tab._update({"visible": True})
-    *_, (told, *_), (_, decode, stop) = tab._decode()
-    assert f"Decoded {path.name}: " in told and decode["interactive"] and not stop["visible"]
-    assert shown() == ["", tab._update({"visible": False})]
+    assert f"<li><bdi>{path}</bdi></li>" in waits and button == tab._update({"visible": True})
+    (_, _, _, decode, stop, dismiss), *_, last = tab._decode()
+    assert not decode["interactive"] and stop["visible"] and not dismiss["interactive"]
+    told, row, decode, stop, dismiss = last[1:]
+    assert last[0] == "" and f"Decoded {path.name}: " in told and row == nothing
+    assert decode["interactive"] and not stop["visible"] and dismiss["interactive"]
+    assert shown() == [told, nothing]  # on each page, until another image is made
+    ours.generate()
+    assert shown() == ["", nothing]
 
 
 def test_what_nobody_wants_is_dismissed(ours):
@@ -578,7 +769,7 @@ def test_what_nobody_wants_is_dismissed(ours):
     (path,) = kept(ours)
     assert "is kept in" in ours.status.summary()
     told = LABORATORY.dismiss()
-    assert f"Taken off the list: {path}. The file stays" in told and path.is_file()
+    assert f"Taken off the list: {path}." in told and "stays where it is" in told and path.is_file()
     assert kept_again(ours) == [] and "is kept in" not in ours.status.summary()
     assert "Nothing waits" in LABORATORY.dismiss()
 
@@ -607,7 +798,7 @@ def test_what_is_no_kept_file_is_not_taken_in(ours, tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     told = LABORATORY.take_in(path)
-    assert "It is not taken in: model.safetensors cannot be read: " in told and ".." not in told
+    assert "It is not taken in: it is damaged, cut short or of another kind (" in told and ".." not in told
     assert ours.decoding.waiting() == []
 
 

@@ -170,7 +170,8 @@ def test_the_largest_image_that_is_named_can_be_asked_about():
     assert asked.largest_image()[0] == LARGEST_SIDE
     assert question(asked.checkpoint, *asked.largest_image()).rows()
     assert size_in_words(asked).startswith(
-        "Images of every size keep their attention and decoding inside the memory limit. The"
+        "Up to 16384 × 10944, the largest in these proportions, images keep their attention and decoding inside the "
+        "memory limit. The"
     )
 
 

@@ -162,3 +162,20 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(cramped, webui):
     assert apart(np.asarray(image.convert("RGB"), dtype=int), expected) <= FARTHEST
     assert "a cat" in image.info["parameters"] and "Seed: 1" in image.info["parameters"]
     assert server.call("/subquad/v1/kept") == {"waiting": []}
+
+
+@linux
+def test_files_are_named_as_those_of_new_images(cramped, webui):
+    """As the request has it, of which nothing is there any more; of several none takes another's place."""
+    server, _ = cramped
+    before = set(webui.data.rglob("*.png"))
+    server.options(samples_filename_pattern="[sampler]-[seed]-[batch_number]", save_images_add_number=False)
+    try:
+        with server.shrinking(48 * MIB):
+            code, _ = asked(server, batch_size=2)
+        assert code == 500
+        made = server.call("/subquad/v1/kept", {})["images"]
+    finally:
+        server.options(samples_filename_pattern="", save_images_add_number=True)
+    assert made == ["Euler-1-1.png", "Euler-2-2.png"]
+    assert {path.name for path in set(webui.data.rglob("*.png")) - before} == set(made)

@@ -65,7 +65,8 @@ def size_in_words(question: Question, limit: str = LIMIT, strong: Callable[[str]
     if largest is None:
         told = f"Not even the smallest image keeps its {what} inside the {limit}."
     elif max(largest) >= sizes.LARGEST_SIDE:
-        told = f"Images of every size keep their {what} inside the {limit}. {rest}"
+        most = strong(size(*largest))
+        told = f"Up to {most}, the largest in these proportions, images keep their {what} inside the {limit}. {rest}"
     else:
         told = (
             f"Largest image in these proportions whose {what} {stay} inside the {limit}: "

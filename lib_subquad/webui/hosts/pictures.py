@@ -6,6 +6,7 @@ For whoever keeps what was sampled, and makes the images of it later.
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from modules import shared
 from PIL import Image
 
 from ...console import UserError
+from .. import latents
 from .seam import module
 
 if TYPE_CHECKING:
@@ -63,9 +65,13 @@ class Pictures:
         return ""
 
     def told(self, index: int) -> dict[str, object]:
-        """The infotext, seed and prompt of an image of the last request's batch; None where it does not tell."""
-        p, told = self._request(), {"infotext": None, "seed": None, "prompt": None}
+        """Of an image of the last request's batch its infotext, seed, prompt and file's name, and whether it is a part
+        that is put into another picture; None where it does not tell."""
+        p = self._request()
+        told: dict[str, object] = {**dict.fromkeys(latents.TOLD), "part": getattr(p, "paste_to", None) is not None}
         with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
+            told["name"] = _name(p, index)
+        with contextlib.suppress(Exception):
             # Those of all batches: what names a LoRA is taken out of this batch's prompts while it is made.
             index += getattr(p, "iteration", 0) * p.batch_size
             told["seed"] = p.all_seeds[index]
@@ -104,7 +110,8 @@ class Pictures:
             raise UserError(f"Its VAE was {was}, and now it is {now}.", "Choose that VAE, then decode.")
         if (way := made_by.get("way")) and way != (chosen := _way_of_decoding()):
             raise UserError(
-                f"It was to be decoded with {way}, and now {chosen} is chosen.", "Choose that, then decode."
+                f"It was to be decoded with {way}, and now {chosen} is chosen.",
+                f"Choose {way} under VAE in the settings, then decode.",
             )
         if "tiling" in made_by:
             _set_tiling(self._host.model(), made_by["tiling"])
@@ -131,17 +138,46 @@ class Pictures:
                 end()
 
     def save(self, picture: torch.Tensor, folder: Path, told: Mapping[str, object]) -> Path:
-        """Write a picture as the web UI does; where it is. `told`: its infotext, seed and prompt.
+        """Write a picture as the web UI does; where it is. `told` as the method of that name has it.
 
         Raises:
             OSError: it cannot be written.
         """
         image = Image.fromarray((picture * 255).movedim(0, 2).to(torch.uint8).contiguous().numpy())
         how = {"extension": getattr(shared.opts, "samples_format", "png"), "save_to_dirs": False}
+        if named := _in_turn(folder, str(told["name"] or "")):
+            how["forced_filename"] = named
         path, _ = module("images").save_image(
             image, str(folder), "", told["seed"], told["prompt"], info=told["infotext"], **how
         )
         return Path(path)
+
+
+def _name(p: object, index: int) -> str:
+    """Of an image's file, without the number that it begins with: as its request has it, which is gone when the image
+    is made at last."""
+    usual = "[seed]" if getattr(shared.opts, "save_to_dirs", False) else "[seed]-[prompt_spaces]"
+    pattern = shared.opts.samples_filename_pattern or usual
+    width = getattr(p, "hr_upscale_to_x", 0) or p.width
+    height = getattr(p, "hr_upscale_to_y", 0) or p.height
+    number = index + getattr(p, "iteration", 0) * p.batch_size
+    before, p.batch_index = getattr(p, "batch_index", 0), index
+    try:
+        size = Image.new("1", (width, height))
+        of_image = p.all_seeds[number], p.all_prompts[number], size
+        return module("images").FilenameGenerator(p, *of_image).apply(pattern)
+    finally:
+        p.batch_index = before
+
+
+def _in_turn(folder: Path, name: str) -> str:
+    """That name with the number that is next in the folder, if the web UI gives them; empty where it is to find one."""
+    name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name)  # it comes from a file
+    if not (name and getattr(shared.opts, "save_images_add_number", True)):
+        return name
+    with contextlib.suppress(Exception):  # every web UI's own
+        return f"{module('images').get_next_sequence_number(str(folder), ''):05}-{name}"
+    return ""
 
 
 def _checkpoint_of(model: object) -> str:

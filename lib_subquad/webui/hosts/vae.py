@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +33,21 @@ HALVES = ("Decoder", "Encoder", "VAEDecoder", "VAEEncoder")
 DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled to pictures
 PIXELS = 8  # of a latent, in each direction
 INTERRUPTED = "Decoding was interrupted: what was not done is a sketch."
-_NOTHING: tuple[Callable[[], object], Path | None] = (lambda: None, None)
+TOO_LITTLE = "There is too little memory to decode the image."
+NO_PICTURE = "The VAE gave no picture. Choose another, or a wider dtype for it, and decode again."
+FAILED = "Decoding failed."
 
-# Whether this thread makes pictures to be kept, and not a preview or what another extension wants for itself.
-_makes_pictures: ContextVar[bool] = ContextVar("subquad_makes_pictures", default=False)
+# What this thread does where memory is short, while it makes pictures that are to stay; None where it makes a preview,
+# or what another extension wants for itself.
+_when_short: ContextVar[Callable[[], None] | None] = ContextVar("subquad_when_short", default=None)
+
+
+class _Kept(NamedTuple):
+    """Where a batch is kept, the `first` of its images and those after it."""
+
+    batch: Callable[[], object] = lambda: None
+    path: Path = Path()
+    first: int = 0
 
 
 class Vae:
@@ -47,7 +59,8 @@ class Vae:
         self._halves: dict[type, Hook] = {}
         self._decode: Hook | None = None
         self.share = 0.0  # of the picture that is made in bands at this moment
-        self._kept = _NOTHING  # the tensor that was kept last, and where
+        self._kept = _Kept()  # what was kept last
+        self.secured: Path | None = None  # what is decoded at this moment, kept in case that the process ends
 
     def apply(self) -> None:
         self._find()
@@ -99,11 +112,12 @@ class Vae:
         how = {"settings": self._host.settings(), "forward": hook.beneath}
         if _half_encodes(half):
             return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
-        if not _makes_pictures.get():  # a preview may come from another thread, while this one decodes
+        if (short := _when_short.get()) is None:  # a preview may come from another thread, while this one decodes
             return vae.as_it_fits(half, x, own, processor=False, **how)
         cut_short = self._host.interrupted()  # before it began: what there is of it is decoded all the same
         with self._announcing() as progress:
             how |= {"interrupted": lambda: not cut_short and self._host.interrupted(), "progress": progress}
+            how["short"] = short
             return vae.as_it_fits(half, x, own, report=status.record_bands, **how)
 
     @contextlib.contextmanager
@@ -125,22 +139,23 @@ class Vae:
 
     def _pictures(self, model, batch, *args, **kwargs):
         """What the web UI makes of what was sampled. What cannot be decoded, or is not to be waited for, is kept."""
-        if _makes_pictures.get() or not (self._serves() and isinstance(batch, Tensor)):
+        if _when_short.get() or not (self._serves() and isinstance(batch, Tensor)):
             return self._decode.step_aside(model, batch, *args, **kwargs)
         made = []
-        for start, entries in _entries(batch):  # what is done stays, when the user interrupts what comes next
-            try:
-                made.append(self._decoded(model, entries, *args, **kwargs))
-            except vae.Interrupted:
-                self._keep(model, batch, INTERRUPTED, start)
-                made.append(_sketches(batch[start:], *args, **kwargs))
-                break
-            except Exception as error:
-                if self._host.settings().retry and devices.is_out_of_memory(error):
-                    retry.add_line(error, self._keep(model, batch, "There is too little memory to decode the image."))
-                raise
-        else:
+        try:
+            short = functools.partial(self._secure, model, batch)
+            for entries in _entries(batch):  # what is done stays, when the user interrupts what comes next
+                made.append(self._decoded(short, model, entries, *args, **kwargs))
             self._decoded_after_all(batch)
+        except vae.Interrupted:
+            self._keep(model, batch, INTERRUPTED, len(made))
+            made.append(_sketches(batch[len(made) :], *args, **kwargs))
+        except Exception as error:
+            if self._host.settings().retry and (why := _why_lost(error, batch)):
+                retry.add_line(error, self._keep(model, batch, why))
+            raise
+        finally:
+            self.secured = None
         pictures, *others = made
         for more in others:
             pictures.extend(more)
@@ -148,13 +163,11 @@ class Vae:
 
     def _decoded_after_all(self, batch: Tensor) -> None:
         """A web UI may decode again what was interrupted in its first pass: then nothing waits."""
-        tensor, path = self._kept
-        if path is not None and tensor() is batch:
-            latents.take_off(path, self._host.data_folder())
-            path.unlink(missing_ok=True)
-            say(f"[subquad] It was decoded after all: {path} is not needed any more, and gone.")
+        if self._kept.batch() is batch:
+            if self.secured is None:
+                say(f"[subquad] It was decoded after all: {self._kept.path} is not needed any more, and gone.")
+            self._discard()
             status.kept("")
-            self._kept = _NOTHING
 
     def decoded(self, latents: Tensor) -> list[Tensor]:
         """The pictures [3, height, width], from 0 to 1, of what was sampled by the loaded checkpoint.
@@ -168,26 +181,36 @@ class Vae:
             raise UserError("This web UI shows no way to decode.")
         with torch.no_grad():
             device = self._host.device()
-            made = self._decoded(self._host.model(), latents.to(device), target_device=torch.device("cpu"))
+            how: dict[str, object] = {"target_device": torch.device("cpu")}
+            if self._checks_for_nans():
+                how["check_for_nans"] = True
+            made = self._decoded(lambda: None, self._host.model(), latents.to(device), **how)
+        if any(picture.isnan().all() for picture in made):
+            raise UserError("The VAE gave no picture.", "Choose another, or a wider dtype for it, then decode.")
         if made[0].shape[-1] <= latents.shape[-1]:
             raise UserError("This web UI made no more of it than a preview.")
         return [(picture.float() / 2 + 0.5).clamp(0, 1) for picture in made]
 
-    def _decoded(self, model, batch, *args, **kwargs):
+    def _checks_for_nans(self) -> bool:
+        """Whether the web UI finds out itself, as it does for new images, and knows what to do then."""
+        standing = getattr(sys.modules["modules.processing"], DECODE)
+        own = standing if self._decode is None else self._decode.beneath
+        with contextlib.suppress(TypeError, ValueError):  # it may be anything that can be called
+            return "check_for_nans" in inspect.signature(own).parameters
+        return False
+
+    def _decoded(self, short: Callable[[], None], model, batch, *args, **kwargs):
         """As the web UI does it, told how far it is. Raises what `decoded` does."""
-        token = _makes_pictures.set(True)
+        token = _when_short.set(short)
         try:
             return getattr(sys.modules["modules.processing"], DECODE)(model, batch, *args, **kwargs)
         finally:
-            _makes_pictures.reset(token)
+            _when_short.reset(token)
 
     def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
         """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
         try:
-            told_of = [self.pictures.told(index) for index in range(first, len(batch))]
-            how = self.pictures.made_by(model), told_of, self.pictures.folders(), self._host.data_folder()
-            path = latents.keep(batch[first:], *how)
-            self._kept = weakref.ref(batch), path
+            path = self._written(model, batch, first, why is not NO_PICTURE)
             told = f"{why} What was sampled is kept in {path}; the button on the tab Attention decodes it."
         except Exception as error:  # the host's own error is to come through, whatever this one is
             told = f"{why} What was sampled could not be kept: {in_a_line(error)}"
@@ -197,16 +220,50 @@ class Vae:
             self.pictures.comment(told)
         return told
 
+    def _secure(self, model, batch: Tensor) -> None:
+        """Keep all of it as long as it is decoded: the system may end a process that takes too much memory."""
+        if self.secured is None and self._host.settings().retry:
+            with contextlib.suppress(Exception):  # whatever keeps it from that, the image may be made all the same
+                self.secured = self._written(model, batch)
+
+    def _written(self, model, batch: Tensor, first: int = 0, by_this_vae: bool = True) -> Path:
+        """Where it is kept from its `first` image on, in the one file that there is of it."""
+        is_known = self._kept.batch() is batch
+        if is_known and self._kept.first == first and by_this_vae:
+            return self._kept.path
+        made_by = self.pictures.made_by(model)
+        if not by_this_vae:
+            made_by.pop("vae", None)
+        told_of = [self.pictures.told(index) for index in range(first, len(batch))]
+        path = latents.keep(batch[first:], made_by, told_of, self.pictures.folders(), self._host.data_folder())
+        if is_known:
+            self._discard()
+        self._kept = _Kept(weakref.ref(batch), path, first)
+        return path
+
+    def _discard(self) -> None:
+        """The file is not needed any more."""
+        latents.take_off(self._kept.path, self._host.data_folder())
+        self._kept.path.unlink(missing_ok=True)
+        self._kept = _Kept()
+
+
+def _why_lost(error: Exception, batch: Tensor) -> str:
+    """Why what was sampled cannot be decoded; empty where it is nothing to be kept."""
+    if devices.is_out_of_memory(error):
+        return TOO_LITTLE
+    if batch.isnan().all():
+        return ""
+    return NO_PICTURE if type(error).__name__ == "NansException" else FAILED
+
 
 def _half_encodes(half) -> bool:
     return "Encoder" in type(half).__name__
 
 
-def _entries(batch: Tensor) -> list[tuple[int, Tensor]]:
-    """One image after the other: (its number, its part of the batch)."""
-    if batch.dim() != 4 or len(batch) < 2:
-        return [(0, batch)]
-    return [(start, batch[start : start + 1]) for start in range(len(batch))]
+def _entries(batch: Tensor) -> Sequence[Tensor]:
+    """One image after the other."""
+    return (batch,) if batch.dim() != 4 or len(batch) < 2 else batch.split(1)
 
 
 def _sketches(batch: Tensor, target_device: torch.device | None = None, *_, **__):
