@@ -4,7 +4,7 @@ from functools import partial
 
 from modules import script_callbacks, scripts
 
-from lib_subquad.webui import api, axes, infotext, measuring, options, tab
+from lib_subquad.webui import api, axes, decoding, infotext, measuring, options, tab
 from lib_subquad.webui.hosts import host
 
 # "Reload custom script bodies" runs this file again without unloading it first.
@@ -18,6 +18,7 @@ script_callbacks.on_script_unloaded(host().undo)
 script_callbacks.on_before_ui(axes.register)
 script_callbacks.on_ui_tabs(tab.create)
 script_callbacks.on_app_started(api.mount)
+script_callbacks.on_app_started(decoding.remind)
 for name, callback in host().callbacks().items():
     getattr(script_callbacks, name)(callback)
 if hasattr(script_callbacks, "on_before_process"):  # some generations leave the script below out

@@ -22,6 +22,12 @@ def waiting(file: str | None = None) -> list[Path]:
     return [path for path in latents.waiting(host().data_folder()) if file in (None, path.name) and path != now]
 
 
+def remind(*_) -> None:
+    """Say when the web UI starts that something waits: whatever ended it before may have been too little memory."""
+    if files := waiting():
+        say(f"[subquad] {Said(words.REMINDER, count=status.counted(len(files), 'file', 'files'))}")
+
+
 def decode(file: str | None = None) -> tuple[list[Path], list[str]]:
     """Decode every one, or those of this name: the images, and a sentence about each file. Not while an image is made.
 

@@ -143,6 +143,7 @@ FAILED = "That did not work: {error}"
 # ------------------------------------------------------------------------------------ images that wait to be decoded
 
 WAITS_TO_BE_DECODED = "Sampled, but not decoded yet:"
+REMINDER = "What was sampled and not decoded waits in {count}: the tab Attention decodes it."
 DECODING = "Decoding {file}, {number} of {count}."
 DECODING_BANDS = "Decoding {file}, {number} of {count}: {share}"
 DECODING_STOPS = "Decoding stops as soon as what is under way is done."

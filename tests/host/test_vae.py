@@ -338,8 +338,11 @@ def test_whatever_keeps_it_from_being_decoded_it_is_kept(ours, monkeypatch, erro
     assert not kept(ours)
 
 
-def test_where_memory_is_short_it_is_kept_meanwhile(ours, monkeypatch):
+def test_where_memory_is_short_it_is_kept_meanwhile(ours, monkeypatch, capsys):
     """A system that has none left ends the process without a word: then it waits when the web UI is started again."""
+    from fastapi import FastAPI
+    from modules import script_callbacks
+
     expected, seen = ours.generate(), []
     in_bands = ours.vae.fallbacks.in_bands
 
@@ -364,8 +367,21 @@ def test_where_memory_is_short_it_is_kept_meanwhile(ours, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(type(ours.host), "data_folder", lambda self: ours.folder)
     assert kept_again(ours) == kept(ours) and len(kept(ours)) == 1
+    script_callbacks.app_started_callback(None, FastAPI())
+    assert "What was sampled and not decoded waits in 1 file: the tab Attention" in capsys.readouterr().out
     ((image,), _) = ours.decoding.decode()
     assert apart(Image.open(image), expected) <= 1
+
+
+def test_a_file_that_cannot_be_removed_costs_no_image(ours, monkeypatch):
+    def open_elsewhere(self, missing_ok=False):
+        raise PermissionError("another program has it open")
+
+    expected = ours.generate()
+    monkeypatch.setattr(Path, "unlink", open_elsewhere)
+    with NoRoom(rows=40):
+        assert apart(ours.generate(), expected) <= 1
+    assert len(kept(ours)) == 1 and ours.decoding.waiting() == []
 
 
 def test_what_was_kept_meanwhile_is_kept_once(ours, monkeypatch):

@@ -114,13 +114,26 @@ def test_a_vae_that_is_moved_about(webui, flag):
         assert "Traceback" not in server.log
 
 
-@pytest.fixture(scope="module")
-def cramped(webui):
+@contextlib.contextmanager
+def alone(webui):
     """A server of its own, whose log has tracebacks of images that are lost; (server, what *sdp* makes of LARGE)."""
     model = webui.model("SD 1")
     with webui.running("--nowebui", sd_model_checkpoint=model.path.name) as server:
         server.select(TITLE)
         yield server, server.generate_with_sdp(**LARGE)
+
+
+@pytest.fixture(scope="module")
+def cramped(webui):
+    with alone(webui) as found:
+        yield found
+
+
+@pytest.fixture
+def new(webui):
+    """What a process has freed it may use again: one that has made more images has more to spare than it is left."""
+    with alone(webui) as found:
+        yield found
 
 
 def asked(server, **request) -> tuple[int, str]:
@@ -145,9 +158,9 @@ def test_with_little_memory_the_image_is_made_that_others_lose(cramped, mib):
 
 
 @linux
-def test_what_cannot_be_decoded_is_kept_and_decoded_later(cramped, webui):
+def test_what_cannot_be_decoded_is_kept_and_decoded_later(new, webui):
     """The limit is lowered when all is sampled."""
-    server, expected = cramped
+    server, expected = new
     with server.shrinking(48 * MIB):
         code, answer = asked(server)
     assert code == 500 and "What was sampled is kept in" in answer and "the tab Attention decodes it" in answer
@@ -165,9 +178,9 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(cramped, webui):
 
 
 @linux
-def test_files_are_named_as_those_of_new_images(cramped, webui):
+def test_files_are_named_as_those_of_new_images(new, webui):
     """As the request has it, of which nothing is there any more; of several none takes another's place."""
-    server, _ = cramped
+    server, _ = new
     before = set(webui.data.rglob("*.png"))
     server.options(samples_filename_pattern="[sampler]-[seed]-[batch_number]", save_images_add_number=False)
     try:

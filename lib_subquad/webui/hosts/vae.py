@@ -244,7 +244,8 @@ class Vae:
     def _discard(self) -> None:
         """The file is not needed any more."""
         latents.take_off(self._kept.path, self._host.data_folder())
-        self._kept.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody may have it open; no image is to be lost for that
+            self._kept.path.unlink(missing_ok=True)
         self._kept = _Kept()
 
 
