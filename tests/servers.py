@@ -120,6 +120,10 @@ class Server:
             watcher.join()
             self.limit(None)
 
+    def kill(self) -> None:
+        """End it as a system without memory does."""
+        self._process.kill()
+
     def options(self, **changed) -> dict:
         if changed:
             self.call("/sdapi/v1/options", changed)

@@ -37,7 +37,7 @@ WATCH = f"""
     let soon;
     new MutationObserver(() => {{ clearTimeout(soon); soon = setTimeout(check, 200); }})
         .observe(root.querySelector("#subquad_sentence"), {{childList: true, subtree: true}});
-    for (const name of ["sentence", "message", "forgotten"]) {{
+    for (const name of ["sentence", "message", "kept", "forgotten", "taken"]) {{
         const it = root.querySelector(`#subquad_${{name}}`);
         if (it) it.setAttribute("aria-live", "polite");
     }}
@@ -97,7 +97,7 @@ KEEP_FOCUS = f"""
     {ROOT}
     const now = root.activeElement || document.activeElement;
     if (now && now !== document.body && !now.disabled && now.getClientRects().length) return [];
-    for (const name of ["cancel", "apply", "undo", "measure"]) {{
+    for (const name of ["cancel", "stop", "apply", "undo", "measure"]) {{
         const it = root.querySelector(`#subquad_${{name}}`);
         if (it && !it.disabled && it.getClientRects().length) {{ it.focus(); break; }}
     }}

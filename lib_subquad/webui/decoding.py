@@ -43,10 +43,10 @@ def decode(file: str | None = None) -> tuple[list[Path], list[str]]:
         return [], [words.DECODE_LATER]
     made: list[Path] = []
     told: list[str] = []
-    _under_way = files[0].name, 1, len(files)
     try:
-        host().prepare()
         with host().vae.pictures.job("subquad"):
+            _under_way = files[0].name, 1, len(files)
+            host().prepare()
             for number, path in enumerate(files, 1):
                 _under_way = path.name, number, len(files)
                 if host().interrupted():
@@ -54,21 +54,11 @@ def decode(file: str | None = None) -> tuple[list[Path], list[str]]:
                     break
                 if path not in waiting():  # it was dismissed meanwhile
                     continue
-                try:
-                    images, is_part = _decoded(path)
-                except Interrupted:
-                    told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
-                    break
-                except Exception as error:  # of any web UI, with any model
-                    if not isinstance(error, UserError):
-                        say(traceback.format_exc())
-                    told.append(_why_not(path, error))
-                    say(f"[subquad] {told[-1]}")
-                    continue
+                images, sentences, goes_on = _outcome(path)
                 made += images
-                form = words.DECODED_PART if is_part else words.DECODED
-                told.append(str(Said(form, file=path.name, images=", ".join(map(str, images)))))
-                say(f"[subquad] {told[-1]}")
+                told += sentences
+                if not goes_on:
+                    break
     finally:
         _became = status.generation().number, [*told, words.FILES_STAY] if made else told
         _under_way = None
@@ -110,7 +100,8 @@ def stop() -> str:
 
 def dismiss(file: str | None = None) -> list[str]:
     """Take every one off the list, or those of this name: a sentence about each file."""
-    told = []
+    global _became
+    told, _became = [], (0, [])
     for path in waiting(file):
         latents.take_off(path, host().data_folder())
         _forget(path)
@@ -126,6 +117,8 @@ def take_in(path: Path | None) -> str:
         return words.NO_FILE
     try:
         kept = latents.read(path)
+        if again := next((it for it in waiting() if latents.is_same(it, kept)), None):
+            return str(Said(words.WAITS_ALREADY, file=again))
         copy = latents.keep(kept.latents, kept.made_by, kept.images, vae.pictures.folders(), host().data_folder())
     except (OSError, UserError) as error:
         return str(Said(words.NOT_TAKEN_IN, why=str(error).rstrip(".")))
@@ -142,23 +135,67 @@ def _forget(path: Path) -> None:
         status.kept("")
 
 
-def _decoded(path: Path) -> tuple[list[Path], bool]:
-    """The images, and whether they were to be put into others."""
-    kept, vae = latents.read(path), host().vae
-    vae.pictures.make_ready(kept.made_by)
+def _outcome(path: Path) -> tuple[list[Path], list[str], bool]:
+    """The images of a file, what became of it, and whether nobody interrupted that. What there is none of waits on."""
+    images: list[Path] = []
+    told: list[str] = []
+    left, error, is_part = 0, None, False
+    try:
+        kept = latents.read(path)
+        host().vae.pictures.make_ready(kept.made_by)
+        is_part = any(it["part"] for it in kept.images)
+        images, left, error = _decoded(path, kept)
+    except Exception as raised:  # of any web UI, with any model
+        error = raised
+    if images:
+        form = words.DECODED_PART if is_part else words.DECODED
+        told.append(str(Said(form, file=path.name, images=", ".join(map(str, images)))))
+    if error is not None and not images:
+        form = words.DECODING_INTERRUPTED if isinstance(error, Interrupted) else words.NOT_DECODED
+        told.append(str(Said(form, file=path.name, why=_in_words(error))))
+    elif left:
+        told.append(str(Said(words.SOME_LEFT, count=left, file=path.name, why=_in_words(error))))
+    for sentence in told:
+        say(f"[subquad] {sentence}")
+    return images, told, not isinstance(error, Interrupted)
+
+
+def _decoded(path: Path, kept: latents.Sampled) -> tuple[list[Path], int, Exception | None]:
+    """The images, of how many there is none, and why: those wait on in a file of their own, if there are others."""
+    images: list[Path] = []
+    left: list[int] = []
+    why = None
+    for index in range(len(kept.images)):
+        try:
+            images.append(_image(kept, index))
+        except Exception as error:
+            left.append(index)
+            if not isinstance(error, (Interrupted, UserError)):
+                say(traceback.format_exc())
+            why = error.with_traceback(None)  # whose frames hold tensors
+            if isinstance(error, (Interrupted, OSError)) or devices.is_out_of_memory(error):
+                left += range(index + 1, len(kept.images))
+                break
+    if images:
+        if left:
+            told = [kept.images[index] for index in left]
+            latents.keep(kept.latents[left], kept.made_by, told, [path.parent], host().data_folder())
+        latents.take_off(path, host().data_folder())
+        _forget(path)
+    return images, len(left), why
+
+
+def _image(kept: latents.Sampled, index: int) -> Path:
     with status.apart() as seen:
-        pictures = vae.decoded(kept.latents)
-    images = []
-    for picture, told in zip(pictures, kept.images):
-        told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
-        images.append(vae.pictures.save(picture, kept.folder, told))
-    latents.take_off(path, host().data_folder())
-    _forget(path)
-    return images, any(told["part"] for told in kept.images)
+        (picture,) = host().vae.decoded(kept.latents[index : index + 1])
+    told = kept.images[index]
+    told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
+    return host().vae.pictures.save(picture, kept.folder, told)
 
 
-def _why_not(path: Path, error: Exception) -> str:
+def _in_words(error: Exception | None) -> str:
+    if isinstance(error, Interrupted):
+        return words.WAS_INTERRUPTED
     if isinstance(error, UserError):
-        return str(Said(words.NOT_DECODED, file=path.name, why=error))
-    why = words.STILL_TOO_LITTLE if devices.is_out_of_memory(error) else f"{in_a_line(error)}."
-    return str(Said(words.NOT_DECODED, file=path.name, why=why))
+        return str(error)
+    return words.STILL_TOO_LITTLE if devices.is_out_of_memory(error) else f"{in_a_line(error)}."

@@ -247,7 +247,7 @@ class Laboratory:
     def dismiss(self) -> str:
         """Take it off the list of what waits: what became of it, as HTML."""
         told = decoding.dismiss()
-        return words.lines(told if told == [words.NOTHING_KEPT] else [*told, words.FILES_STAY])
+        return words.lines(told if told == [words.NOTHING_KEPT] else [*told, words.DISMISSED_STAYS])
 
     def take_in(self, path: Path | None) -> str:
         """Put what a file holds on that list: a sentence, as HTML."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -86,12 +87,24 @@ def read(path: Path) -> Sampled:
             told, latents = file.metadata() or {}, file.get_tensor(LATENTS)
         images = tuple(map(_told, json.loads(told["images"])))
         made_by = json.loads(told["made_by"])
-        if told[FORMAT] != "1" or not isinstance(made_by, dict) or latents.dim() != 4 or len(latents) != len(images):
+        is_sampled = (
+            latents.dim() == 4 and latents.is_floating_point() and latents.numel() and latents.element_size() > 1
+        )
+        if told[FORMAT] != "1" or not (is_sampled and isinstance(made_by, dict) and len(latents) == len(images)):
             raise ValueError("its parts do not belong together")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         why = first_line(error).rstrip(".")
         raise UserError(f"it is damaged, cut short or of another kind ({why}).") from error
     return Sampled(latents, made_by, path.parent, images)
+
+
+def is_same(path: Path, kept: Sampled) -> bool:
+    """Whether the file holds the same."""
+    try:
+        other = read(path)
+    except UserError:
+        return False
+    return torch.equal(other.latents, kept.latents) and other.images == kept.images
 
 
 def _told(image: dict[str, object]) -> dict[str, object]:

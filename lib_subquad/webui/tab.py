@@ -87,8 +87,8 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             message = gr.HTML(elem_id="subquad_message")
             kept = gr.HTML(elem_id="subquad_kept")
             with gr.Row(visible=False) as rescue:
-                decode, stop = _button("decode", variant="primary"), _button("stop", visible=False)
-                dismiss = _button("dismiss")
+                decode = _button("decode", variant="primary", min_width=140)
+                stop, dismiss = (_button(name, visible=name != "stop", min_width=140) for name in ("stop", "dismiss"))
             plot = gr.HTML(elem_id="subquad_plot")
             result = gr.HTML(elem_id="subquad_answer")
             with gr.Accordion(LABELS["details"], open=False, elem_id="subquad_details_fold"):
@@ -151,7 +151,7 @@ def create() -> list[tuple[gr.Blocks, str, str]]:
             done = on(button.click, _and_tell(action), given, [told, payload])
             done.then(None, payload, payload, **{SCRIPT: browser.MOVE_SLIDERS})
             then_look(done)
-        on(stop.click, _stop_decoding, None, [message])
+        then_look(on(stop.click, _stop_decoding, None, [message]))
         decoded = [message, *rescued]
         if with_queue:
             then_look(on(decode.click, _decode, None, decoded, {"show_progress": "hidden"}))

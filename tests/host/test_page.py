@@ -38,6 +38,7 @@ def test_every_event_is_known_here(page):
         ("subquad_ask", "click"),
         ("subquad_look", "click"),
         ("subquad_stop", "click"),
+        ("subquad_stop", "then"),
         ("subquad_take_in", "upload"),
         ("subquad_take_in", "then"),
         *((f"subquad_{name}", "click") for name in ("measure", *BUTTONS)),

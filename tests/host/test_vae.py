@@ -197,7 +197,7 @@ def test_another_checkpoint_than_the_one_that_made_it(ours, monkeypatch):
 def test_not_while_an_image_is_made(ours):
     lost(ours)
     with ours.host.lock():
-        later = "An image was being made or decoded just then: decode when that is done."
+        later = "The device was busy with an image or a measurement just then: decode when that is done."
         assert ours.decoding.decode() == ([], [later])
     assert len(ours.decoding.decode()[0]) == 1
     assert not ours.host.waiting()
@@ -823,5 +823,51 @@ def test_where_nothing_can_be_written_nothing_is_taken_in(ours, monkeypatch):
 
     lost(ours)
     (path,) = kept(ours)
+    assert f"It waits to be decoded already: {path}" in LABORATORY.take_in(path) and kept(ours) == [path]
+    LABORATORY.dismiss()
     monkeypatch.setattr(type(ours.host.vae.pictures), "folders", lambda self: [])
-    assert "there is no folder" in LABORATORY.take_in(path) and ours.decoding.waiting() == [path]
+    assert "there is no folder" in LABORATORY.take_in(path) and ours.decoding.waiting() == []
+
+
+@pytest.mark.parametrize("ends", ["an image that is none", "an interrupt", "no memory"])
+def test_of_a_file_with_several_images_those_that_can_be_are_decoded(ours, monkeypatch, ends):
+    """The others wait on, in a file of their own."""
+    latents = torch.randn(3, 4, 8, 8)
+    if ends == "an image that is none":
+        latents[1] = torch.nan
+    ours.latents.keep(latents, {}, [{"seed": 1}, {"seed": 2}, {"seed": 3}], [ours.folder], ours.folder)
+    if ends != "an image that is none":
+        decoded, begun = type(ours.host.vae).decoded, []
+
+        def second_fails(self, given):
+            begun.append(given)
+            if len(begun) == 2:
+                raise ours.vae.Interrupted if ends == "an interrupt" else RuntimeError(OUT_OF_MEMORY)
+            return decoded(self, given)
+
+        monkeypatch.setattr(type(ours.host.vae), "decoded", second_fails)
+    images, (told, left) = ours.decoding.decode()
+    (path,) = ours.decoding.waiting()
+    seeds = [it["seed"] for it in ours.latents.read(path).images]
+    assert (len(images), seeds) == ((2, [2]) if ends == "an image that is none" else (1, [2, 3]))
+    assert told.startswith("Decoded ") and left.startswith(f"{len(seeds)} of the images of ")
+
+
+def test_what_cannot_be_written_anew_is_still_where_it_was(ours, monkeypatch):
+    """An interrupt keeps less than what was secured, for which there may be no room."""
+
+    def no_room(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ours.vae.fallbacks, "_seems_to_fit", lambda *_: False)
+    written, keep = [], ours.latents.keep
+
+    def once(*given):
+        written.append(given)
+        return keep(*given) if len(written) == 1 else no_room()
+
+    monkeypatch.setattr(ours.latents, "keep", once)
+    made, _ = batch_decoded(ours, monkeypatch, stop_at=1)
+    assert len(made) == 3 and len(written) == 2
+    (path,) = ours.decoding.waiting()
+    assert str(path) in ours.status.summary() and len(ours.latents.read(path).latents) == 3

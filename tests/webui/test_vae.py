@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -178,17 +179,39 @@ def test_what_cannot_be_decoded_is_kept_and_decoded_later(new, webui):
 
 
 @linux
+def test_what_was_decoded_when_the_web_ui_was_ended_waits_when_it_is_started_again(webui):
+    with alone(webui) as (server, expected), ThreadPoolExecutor(1) as thread:
+        before = set(webui.data.rglob("subquad-latent-*.safetensors"))
+        with spare(server, 250):
+            lost = thread.submit(asked, server)
+            while not (kept := set(webui.data.rglob("subquad-latent-*.safetensors")) - before):
+                assert not lost.done()
+                time.sleep(0.01)
+            server.kill()
+        with pytest.raises((AssertionError, OSError)):
+            lost.result()
+    with webui.running("--nowebui", sd_model_checkpoint=webui.model("SD 1").path.name) as server:
+        server.select(TITLE)
+        (path,) = kept
+        assert "What was sampled and not decoded waits in 1 file: the tab Attention" in server.log
+        assert server.call("/subquad/v1/kept") == {"waiting": [path.name]}
+        (name,) = server.call("/subquad/v1/kept", {})["images"]
+        assert apart(np.asarray(Image.open(path.parent / name).convert("RGB"), dtype=int), expected) <= FARTHEST
+
+
+@linux
 def test_files_are_named_as_those_of_new_images(new, webui):
     """As the request has it, of which nothing is there any more; of several none takes another's place."""
     server, _ = new
     before = set(webui.data.rglob("*.png"))
     server.options(samples_filename_pattern="[sampler]-[seed]-[batch_number]", save_images_add_number=False)
+    server.options(subquad_vae_bands="never")
     try:
-        with server.shrinking(48 * MIB):
+        with server.shrinking(100 * MIB):
             code, _ = asked(server, batch_size=2)
         assert code == 500
         made = server.call("/subquad/v1/kept", {})["images"]
     finally:
-        server.options(samples_filename_pattern="", save_images_add_number=True)
+        server.options(samples_filename_pattern="", save_images_add_number=True, subquad_vae_bands="when needed")
     assert made == ["Euler-1-1.png", "Euler-2-2.png"]
     assert {path.name for path in set(webui.data.rglob("*.png")) - before} == set(made)

@@ -69,8 +69,9 @@ class Pictures:
         that is put into another picture; None where it does not tell."""
         p = self._request()
         told: dict[str, object] = {**dict.fromkeys(latents.TOLD), "part": getattr(p, "paste_to", None) is not None}
-        with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
-            told["name"] = _name(p, index)
+        if getattr(shared.opts, "enable_pnginfo", True):  # a prompt may be part of it
+            with contextlib.suppress(Exception):  # every web UI's own, of a request in any state
+                told["name"] = _name(p, index)
         with contextlib.suppress(Exception):
             # Those of all batches: what names a LoRA is taken out of this batch's prompts while it is made.
             index += getattr(p, "iteration", 0) * p.batch_size
@@ -145,7 +146,7 @@ class Pictures:
         """
         image = Image.fromarray((picture * 255).movedim(0, 2).to(torch.uint8).contiguous().numpy())
         how = {"extension": getattr(shared.opts, "samples_format", "png"), "save_to_dirs": False}
-        if named := _in_turn(folder, str(told["name"] or "")):
+        if named := _in_turn(folder, str(told["name"] or ""), how["extension"]):
             how["forced_filename"] = named
         path, _ = module("images").save_image(
             image, str(folder), "", told["seed"], told["prompt"], info=told["infotext"], **how
@@ -170,13 +171,15 @@ def _name(p: object, index: int) -> str:
         p.batch_index = before
 
 
-def _in_turn(folder: Path, name: str) -> str:
-    """That name with the number that is next in the folder, if the web UI gives them; empty where it is to find one."""
+def _in_turn(folder: Path, name: str, extension: str) -> str:
+    """That name with the number that is next in the folder, if the web UI gives them, or one that no other image has;
+    empty where the web UI is to find one."""
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name)  # it comes from a file
-    if not (name and getattr(shared.opts, "save_images_add_number", True)):
-        return name
+    if name and not getattr(shared.opts, "save_images_add_number", True):
+        names = (name, *(f"{name}-{number}" for number in range(1, 1000)))
+        return next((it for it in names if not (folder / f"{it}.{extension}").exists()), "")
     with contextlib.suppress(Exception):  # every web UI's own
-        return f"{module('images').get_next_sequence_number(str(folder), ''):05}-{name}"
+        return name and f"{module('images').get_next_sequence_number(str(folder), ''):05}-{name}"
     return ""
 
 

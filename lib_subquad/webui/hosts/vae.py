@@ -151,8 +151,10 @@ class Vae:
             self._keep(model, batch, INTERRUPTED, len(made))
             made.append(_sketches(batch[len(made) :], *args, **kwargs))
         except Exception as error:
-            if self._host.settings().retry and (why := _why_lost(error, batch)):
+            if self._host.settings().retry and (why := _why_lost(error, batch, len(made))):
                 retry.add_line(error, self._keep(model, batch, why))
+            elif self.secured is not None:
+                self._discard()
             raise
         finally:
             self.secured = None
@@ -165,7 +167,7 @@ class Vae:
         """A web UI may decode again what was interrupted in its first pass: then nothing waits."""
         if self._kept.batch() is batch:
             if self.secured is None:
-                say(f"[subquad] It was decoded after all: {self._kept.path} is not needed any more, and gone.")
+                say(f"[subquad] It was decoded after all: {self._kept.path} is not needed any more.")
             self._discard()
             status.kept("")
 
@@ -228,14 +230,19 @@ class Vae:
 
     def _written(self, model, batch: Tensor, first: int = 0, by_this_vae: bool = True) -> Path:
         """Where it is kept from its `first` image on, in the one file that there is of it."""
-        is_known = self._kept.batch() is batch
+        is_known = self._kept.batch() is batch and self._kept.path in latents.waiting(self._host.data_folder())
         if is_known and self._kept.first == first and by_this_vae:
             return self._kept.path
         made_by = self.pictures.made_by(model)
         if not by_this_vae:
             made_by.pop("vae", None)
         told_of = [self.pictures.told(index) for index in range(first, len(batch))]
-        path = latents.keep(batch[first:], made_by, told_of, self.pictures.folders(), self._host.data_folder())
+        try:
+            path = latents.keep(batch[first:], made_by, told_of, self.pictures.folders(), self._host.data_folder())
+        except OSError:
+            if is_known and self._kept.first <= first:
+                return self._kept.path  # which holds more than is wanted
+            raise
         if is_known:
             self._discard()
         self._kept = _Kept(weakref.ref(batch), path, first)
@@ -249,13 +256,20 @@ class Vae:
         self._kept = _Kept()
 
 
-def _why_lost(error: Exception, batch: Tensor) -> str:
-    """Why what was sampled cannot be decoded; empty where it is nothing to be kept."""
+def _why_lost(error: Exception, batch: Tensor, index: int) -> str:
+    """Why this image of what was sampled cannot be decoded; empty where there is nothing to be kept."""
     if devices.is_out_of_memory(error):
         return TOO_LITTLE
-    if batch.isnan().all():
+    if _is_nothing(batch):
         return ""
-    return NO_PICTURE if type(error).__name__ == "NansException" else FAILED
+    by_vae = type(error).__name__ == "NansException" and not _is_nothing(batch[index : index + 1])
+    return NO_PICTURE if by_vae else FAILED
+
+
+def _is_nothing(sampled: Tensor) -> bool:
+    with contextlib.suppress(Exception):  # a device that is lost tells nothing
+        return bool(sampled.isnan().all())
+    return False
 
 
 def _half_encodes(half) -> bool:
