@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import struct
 import sys
@@ -431,6 +432,24 @@ def release_cached(device: torch.device) -> None:
     with contextlib.suppress(Exception):  # after an out-of-memory, failing to tidy up must not hide it
         if (module := cache.get(device.type)) is not None:
             module.empty_cache()
+
+
+def check_room(bytes_: int, device: torch.device) -> None:
+    """Nothing, or an out-of-memory where so many bytes cannot be had now, before a kernel asks for them.
+
+    Only the processor needs it: for a new shape oneDNN writes a kernel's code to where it could get no memory
+    (`Xbyak::CodeArray::db`, seen with torch 2.1.2), and that ends the process. Nothing is written to what is asked for
+    here: it takes a few microseconds, and no memory.
+
+    Raises:
+        MemoryError: they cannot be had.
+    """
+    if device.type == "cpu":
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
+        try:
+            mmap.mmap(-1, bytes_, **private).close()
+        except OSError as error:
+            raise MemoryError(f"can't allocate memory: {bytes_ / MIB:.0f} MiB are not to be had ({error})") from error
 
 
 def give_back_freed_memory() -> None:

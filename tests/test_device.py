@@ -416,3 +416,11 @@ def test_control_groups_of_both_versions(line, files, monkeypatch, tmp_path):
     found = [limit for limit, _, _ in devices._container_files()]
     devices._container_files.cache_clear()
     assert found == [f"/sys/fs/cgroup/{name}" for name in files]
+
+
+def test_room_that_cannot_be_had():
+    devices.check_room(64 * devices.MIB, torch.device("cpu"))
+    devices.check_room(1 << 60, torch.device("meta"))
+    with pytest.raises(MemoryError) as raised:
+        devices.check_room(1 << 60, torch.device("cpu"))
+    assert devices.is_out_of_memory(raised.value)

@@ -27,6 +27,7 @@ from .parts import AnyModule, Stage
 
 Progress = Callable[[float], None]
 MOST_FREED = 48 * devices.MIB
+BESIDE = 32 * devices.MIB  # that kernels may take for themselves, their code above all
 SMALLEST = "Not even the smallest bands of the VAE fit."
 
 
@@ -337,6 +338,7 @@ class _Walk:
 
     def _attempt(self, compute: Callable[[int, int], Any], start: int, stop: int) -> Any:
         try:
+            devices.check_room(self.way.row * (stop - start + self.way.around) + BESIDE, self.device)
             return compute(start, stop)
         except Exception as error:
             if stop - start < 2 or not (self.retry and devices.is_out_of_memory(error)):

@@ -302,6 +302,27 @@ def test_bands_become_lower_until_they_fit():
     assert plans[0].retries > 1
 
 
+def test_no_kernel_begins_for_which_there_is_no_room(monkeypatch):
+    """oneDNN ends the process where there is none for its code."""
+    asked = []
+
+    def check_room(bytes_, device):
+        asked.append(bytes_)
+        if bytes_ > room:
+            raise MemoryError("can't allocate memory")
+
+    monkeypatch.setattr(halves.devices, "check_room", check_room)
+    made, x, plans, room = half("decoder"), given("decoder"), [], 10**12
+    in_bands(made, x, free_bytes=ROOMY)
+    room = (max(asked) + halves.BESIDE) // 2
+    found = in_bands(made, x, free_bytes=ROOMY, report=plans.append)
+    as_good(made, x, found)
+    assert plans[0].retries and min(asked) > halves.BESIDE
+    room = 0
+    with pytest.raises(MemoryError, match=halves.SMALLEST):
+        in_bands(made, x, free_bytes=ROOMY)
+
+
 @both
 def test_one_that_lasts_is_the_devices_own_error(name):
     made, x = half(name), given(name)
