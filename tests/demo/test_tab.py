@@ -203,7 +203,7 @@ def test_what_was_dismissed_is_taken_in_again(page, data_folder):
     take_in(other)
     tab.wait_for("#subquad_taken", "It is not taken in: it is damaged")
     take_in(path)
-    tab.wait_for("#subquad_taken", "It waits to be decoded")
+    tab.wait_for("#subquad_taken", "Taken in: it waits to be decoded")
     page.wait_for_selector("#subquad_decode", state="visible")
     assert cut_off(page) == violations(page) == []
     (copy,) = latents.waiting(data_folder)
