@@ -146,7 +146,7 @@ def _outcome(path: Path) -> tuple[list[Path], list[str], bool]:
         is_part = any(it["part"] for it in kept.images)
         images, left, error = _decoded(path, kept)
     except Exception as raised:  # of any web UI, with any model
-        error = raised
+        error = _told_of(raised)
     if images:
         form = words.DECODED_PART if is_part else words.DECODED
         told.append(str(Said(form, file=path.name, images=", ".join(map(str, images)))))
@@ -170,9 +170,7 @@ def _decoded(path: Path, kept: latents.Sampled) -> tuple[list[Path], int, Except
             images.append(_image(kept, index))
         except Exception as error:
             left.append(index)
-            if not isinstance(error, (Interrupted, UserError)):
-                say(traceback.format_exc())
-            why = error.with_traceback(None)  # whose frames hold tensors
+            why = _told_of(error)
             if isinstance(error, (Interrupted, OSError)) or devices.is_out_of_memory(error):
                 left += range(index + 1, len(kept.images))
                 break
@@ -191,6 +189,13 @@ def _image(kept: latents.Sampled, index: int) -> Path:
     told = kept.images[index]
     told = {**told, "infotext": infotext.decoded_later(told["infotext"], seen)}
     return host().vae.pictures.save(picture, kept.folder, told)
+
+
+def _told_of(error: Exception) -> Exception:
+    """The console says where an error comes from that has no sentence of ours; its frames, which hold tensors, go."""
+    if not isinstance(error, (Interrupted, UserError)):
+        say("".join(traceback.format_exception(error)))
+    return error.with_traceback(None)
 
 
 def _in_words(error: Exception | None) -> str:

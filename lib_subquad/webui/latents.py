@@ -114,25 +114,31 @@ def _told(image: dict[str, object]) -> dict[str, object]:
 
 def waiting(data_folder: Path | None) -> list[Path]:
     """The files on the list that are there now, the oldest first. Never raises."""
-    with _editing, contextlib.suppress(OSError):
-        if data_folder is not None:
-            _put_aside_what_cannot_be_read(data_folder / LIST)
-    return list(filter(_is_file, _listed(data_folder)))
+    with _editing:
+        listed = _listed(data_folder)
+    return list(filter(_is_file, listed))
 
 
 def _listed(data_folder: Path | None) -> list[Path]:
     """All of the list but those that were deleted; what lies on a drive that is away may come back."""
     found: list[object] = list(_here)
     if data_folder is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            found += _read_list(data_folder / LIST)
+        found += _read_list(data_folder / LIST)
     paths = map(Path, dict.fromkeys(str(it) for it in found))
     return [path for path in paths if _is_file(path) or not _is_folder(path.parent)]
 
 
 def _read_list(path: Path) -> list[object]:
-    with open(path, "rb") as file:
-        return list(json.loads(file.read(LARGEST_LIST))["files"])
+    """One that cannot be read is put aside, for whoever looks for files that it named."""
+    with contextlib.suppress(OSError):
+        try:
+            with open(path, "rb") as file:
+                return list(json.loads(file.read(LARGEST_LIST))["files"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            aside = path.with_suffix(".broken.json")
+            path.replace(aside)
+            say(f"[subquad] {path} cannot be read, and is {aside.name} now: there is a new list of what waits.")
+    return []
 
 
 def _is_file(path: Path) -> bool:
@@ -153,23 +159,10 @@ def take_off(path: Path, data_folder: Path | None) -> None:
         _write_list([it for it in _listed(data_folder) if it != path], data_folder)
 
 
-def _put_aside_what_cannot_be_read(path: Path) -> None:
-    """For whoever looks for files that a broken list named."""
-    try:
-        _read_list(path)
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, KeyError, RecursionError):
-        aside = path.with_suffix(".broken.json")
-        path.replace(aside)
-        say(f"[subquad] {path} cannot be read, and is {aside.name} now: there is a new list of what waits.")
-
-
 def _write_list(paths: Iterable[Path], data_folder: Path | None) -> None:
     _here[:] = dict.fromkeys(paths)
     with contextlib.suppress(OSError):  # then it is on the list as long as the web UI runs
         if data_folder is not None:
-            _put_aside_what_cannot_be_read(data_folder / LIST)
             files = list(map(str, _here))
             write_whole(data_folder / LIST, json.dumps({"files": files}, indent=1).encode())
             _here.clear()

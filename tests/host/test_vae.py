@@ -252,33 +252,39 @@ def test_decoding_later_is_of_no_generation(ours):
     assert "is kept in" not in ours.status.summary()
 
 
+def before_saving(ours, monkeypatch, act) -> None:
+    """`act` comes before each image of what was kept is saved."""
+    save = type(ours.host.vae.pictures).save
+    monkeypatch.setattr(type(ours.host.vae.pictures), "save", lambda *given: (act(), save(*given))[1])
+
+
+def test_where_an_error_comes_from_stands_on_the_console(ours, monkeypatch, capsys):
+    """Also of one that comes before the first image."""
+    lost(ours)
+    monkeypatch.setattr(ours.host.vae.pictures, "make_ready", lambda made_by: 1 / 0)
+    capsys.readouterr()
+    assert "division by zero" in ours.decoding.decode()[1][0] and "make_ready" in capsys.readouterr().out
+
+
 def test_what_the_status_tells_is_of_images_while_something_is_decoded_later(ours, monkeypatch):
     lost(ours)
     ours.generate(seed=7)
     before, during = ours.status.summary(), []
-    save = type(ours.host.vae.pictures).save
 
-    def told_on_a_page(*given):
+    def told_on_a_page():
         page = threading.Thread(target=lambda: during.append(ours.status.summary()))
         with ours.status.apart():
             page.start()
             page.join()
-        return save(*given)
 
-    monkeypatch.setattr(type(ours.host.vae.pictures), "save", told_on_a_page)
+    before_saving(ours, monkeypatch, told_on_a_page)
     assert len(ours.decoding.decode()[0]) == 1 and during == [before]
 
 
 def test_what_is_dismissed_while_another_is_decoded_is_not_decoded(ours, monkeypatch):
     for seed in (1, 2):
         lost(ours, seed=seed)
-    save = type(ours.host.vae.pictures).save
-
-    def saved(*given):
-        ours.decoding.dismiss()
-        return save(*given)
-
-    monkeypatch.setattr(type(ours.host.vae.pictures), "save", saved)
+    before_saving(ours, monkeypatch, ours.decoding.dismiss)
     images, told = ours.decoding.decode()
     assert len(images) == len(told) == 1 and ours.decoding.waiting() == []
 
@@ -492,13 +498,7 @@ def test_of_several_those_that_come_after_a_stop_wait(ours, monkeypatch):
     for seed in (1, 2, 3):
         lost(ours, seed=seed)
     files = ours.decoding.waiting()
-    save = type(ours.host.vae.pictures).save
-
-    def saved(*given):
-        ours.decoding.stop()
-        return save(*given)
-
-    monkeypatch.setattr(type(ours.host.vae.pictures), "save", saved)
+    before_saving(ours, monkeypatch, ours.decoding.stop)
     images, told = ours.decoding.decode()
     assert len(images) == 1 and f"Decoding {files[1].name} was interrupted" in told[1] and len(told) == 2
     assert ours.decoding.waiting() == files[1:]

@@ -74,7 +74,7 @@ class Pictures:
                 told["name"] = _name(p, index)
         with contextlib.suppress(Exception):
             # Those of all batches: what names a LoRA is taken out of this batch's prompts while it is made.
-            index += getattr(p, "iteration", 0) * p.batch_size
+            index = _number(p, index)
             told["seed"] = p.all_seeds[index]
             if getattr(shared.opts, "enable_pnginfo", True):
                 self._tell(p)
@@ -154,6 +154,11 @@ class Pictures:
         return Path(path)
 
 
+def _number(p: object, index: int) -> int:
+    """Of an image of this batch among those of all batches."""
+    return index + getattr(p, "iteration", 0) * p.batch_size  # type: ignore[attr-defined]
+
+
 def _name(p: object, index: int) -> str:
     """Of an image's file, without the number that it begins with: as its request has it, which is gone when the image
     is made at last."""
@@ -161,7 +166,7 @@ def _name(p: object, index: int) -> str:
     pattern = shared.opts.samples_filename_pattern or usual
     width = getattr(p, "hr_upscale_to_x", 0) or p.width
     height = getattr(p, "hr_upscale_to_y", 0) or p.height
-    number = index + getattr(p, "iteration", 0) * p.batch_size
+    number = _number(p, index)
     before, p.batch_index = getattr(p, "batch_index", 0), index
     try:
         size = Image.new("1", (width, height))

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,14 +33,19 @@ if TYPE_CHECKING:
 HALVES = ("Decoder", "Encoder", "VAEDecoder", "VAEEncoder")
 DECODE = "decode_latent_batch"  # of `modules.processing`: from what was sampled to pictures
 PIXELS = 8  # of a latent, in each direction
-INTERRUPTED = "Decoding was interrupted: what was not done is a sketch."
-TOO_LITTLE = "There is too little memory to decode the image."
-NO_PICTURE = "The VAE gave no picture. Choose another, or a wider dtype for it, and decode again."
-FAILED = "Decoding failed."
 
 # What this thread does where memory is short, while it makes pictures that are to stay; None where it makes a preview,
 # or what another extension wants for itself.
 _when_short: ContextVar[Callable[[], None] | None] = ContextVar("subquad_when_short", default=None)
+
+
+class _Why(Enum):
+    """What was sampled is kept."""
+
+    INTERRUPTED = "Decoding was interrupted: what was not done is a sketch."
+    TOO_LITTLE = "There is too little memory to decode the image."
+    NO_PICTURE = "The VAE gave no picture. Choose another, or a wider dtype for it, and decode again."
+    FAILED = "Decoding failed."
 
 
 class _Kept(NamedTuple):
@@ -148,7 +154,7 @@ class Vae:
                 made.append(self._decoded(short, model, entries, *args, **kwargs))
             self._decoded_after_all(batch)
         except vae.Interrupted:
-            self._keep(model, batch, INTERRUPTED, len(made))
+            self._keep(model, batch, _Why.INTERRUPTED, len(made))
             made.append(_sketches(batch[len(made) :], *args, **kwargs))
         except Exception as error:
             if self._host.settings().retry and (why := _why_lost(error, batch, len(made))):
@@ -209,16 +215,16 @@ class Vae:
         finally:
             _when_short.reset(token)
 
-    def _keep(self, model, batch: Tensor, why: str, first: int = 0) -> str:
+    def _keep(self, model, batch: Tensor, why: _Why, first: int = 0) -> str:
         """Keep what was sampled, the `first` image of the batch and those after it: a sentence that says where."""
         try:
-            path = self._written(model, batch, first, why is not NO_PICTURE)
-            told = f"{why} What was sampled is kept in {path}; the button on the tab Attention decodes it."
+            path = self._written(model, batch, first, why is not _Why.NO_PICTURE)
+            told = f"{why.value} What was sampled is kept in {path}; the button on the tab Attention decodes it."
         except Exception as error:  # the host's own error is to come through, whatever this one is
-            told = f"{why} What was sampled could not be kept: {in_a_line(error)}"
+            told = f"{why.value} What was sampled could not be kept: {in_a_line(error)}"
         say(f"[subquad] {told}")
-        status.kept(told, sketched=why is INTERRUPTED)
-        if why is INTERRUPTED:  # where it is an error, that says so
+        status.kept(told, sketched=why is _Why.INTERRUPTED)
+        if why is _Why.INTERRUPTED:  # where it is an error, that says so
             self.pictures.comment(told)
         return told
 
@@ -256,14 +262,14 @@ class Vae:
         self._kept = _Kept()
 
 
-def _why_lost(error: Exception, batch: Tensor, index: int) -> str:
-    """Why this image of what was sampled cannot be decoded; empty where there is nothing to be kept."""
+def _why_lost(error: Exception, batch: Tensor, index: int) -> _Why | None:
+    """Why this image of what was sampled cannot be decoded; None where there is nothing to be kept."""
     if devices.is_out_of_memory(error):
-        return TOO_LITTLE
+        return _Why.TOO_LITTLE
     if _is_nothing(batch):
-        return ""
+        return None
     by_vae = type(error).__name__ == "NansException" and not _is_nothing(batch[index : index + 1])
-    return NO_PICTURE if by_vae else FAILED
+    return _Why.NO_PICTURE if by_vae else _Why.FAILED
 
 
 def _is_nothing(sampled: Tensor) -> bool:
