@@ -21,11 +21,11 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest $(ARGS)
 
-# What development uses; what the web UI pins, so what users run; and what Forge runs.
+# What development uses; what the web UI pins, so what users run; and Forge's gradio, with the first one's torch: whatever has a page.
 test-all:
 	$(MAKE) test
 	$(MAKE) test VENV=.venv-torch-2.1.2 TORCH=2.1.2
-	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40
+	$(MAKE) test VENV=.venv-gradio-4.40 GRADIO=4.40 ARGS="$(or $(ARGS),tests/demo tests/host)"
 
 # The library alone, which other systems, Pythons and torches run with no more than requirements/unit.txt.
 unit: $(READY)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 import sys
 from types import ModuleType, SimpleNamespace
@@ -43,11 +45,17 @@ def loaded(host, subquad):
     """The same with a model in place."""
     from modules import sd_models
 
+    sd_models.model_data.set_sd_model(copy.deepcopy(_model()))
+    return subquad
+
+
+@functools.cache
+def _model():
+    """To be copied: that takes a third of the time of making another."""
     from demo.model import random_model
 
     with contextlib.redirect_stdout(io.StringIO()):  # ldm's layers announce themselves
-        sd_models.model_data.set_sd_model(random_model())
-    return subquad
+        return random_model()
 
 
 @pytest.fixture
