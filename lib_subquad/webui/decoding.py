@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import device as devices
 from ..console import UserError, in_a_line, say
@@ -12,7 +13,18 @@ from . import infotext, latents, status, words
 from .hosts import host
 from .words import Said
 
-_under_way: tuple[str, int, int] | None = None  # the name of a file, its number, and how many there are
+
+class _UnderWay(NamedTuple):
+    """The name of a file and its number of so many, and the number of one of its images."""
+
+    file: str
+    number: int
+    files: int
+    image: int = 1
+    images: int = 1
+
+
+_under_way: _UnderWay | None = None
 _became: tuple[int, list[str]] = 0, []  # the generation after which it was decoded, and what became of it
 
 
@@ -45,10 +57,10 @@ def decode(file: str | None = None) -> tuple[list[Path], list[str]]:
     told: list[str] = []
     try:
         with host().vae.pictures.job("subquad"):
-            _under_way = files[0].name, 1, len(files)
+            _under_way = _UnderWay(files[0].name, 1, len(files))
             host().prepare()
             for number, path in enumerate(files, 1):
-                _under_way = path.name, number, len(files)
+                _under_way = _UnderWay(path.name, number, len(files))
                 if host().interrupted():
                     told.append(str(Said(words.DECODING_INTERRUPTED, file=path.name)))
                     break
@@ -75,11 +87,14 @@ def progress() -> Said | None:
         return None
     if host().interrupted():
         return Said(words.DECODING_STOPS)
-    file, number, count = now
-    share = host().vae.share  # of what is not computed in bands nobody knows it
-    return Said(
-        words.DECODING_BANDS if share else words.DECODING, file=file, number=number, count=count, share=f"{share:.0%}"
-    )
+    how_far: list[object] = [now.file]
+    if now.files > 1:
+        how_far.append(Said(words.FILE_OF, number=now.number, count=now.files))
+    if now.images > 1:
+        how_far.append(Said(words.IMAGE_OF, number=now.image, count=now.images))
+    if share := host().vae.share:  # of what is not computed in bands nobody knows it
+        how_far.append(f"{share:.0%}")
+    return Said(words.DECODING, how_far=tuple(how_far))
 
 
 def became() -> list[str]:
@@ -162,10 +177,13 @@ def _outcome(path: Path) -> tuple[list[Path], list[str], bool]:
 
 def _decoded(path: Path, kept: latents.Sampled) -> tuple[list[Path], int, Exception | None]:
     """The images, of how many there is none, and why: those wait on in a file of their own, if there are others."""
+    global _under_way
     images: list[Path] = []
     left: list[int] = []
     why = None
     for index in range(len(kept.images)):
+        if _under_way is not None:
+            _under_way = _under_way._replace(image=index + 1, images=len(kept.images))
         try:
             images.append(_image(kept, index))
         except Exception as error:

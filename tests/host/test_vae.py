@@ -482,7 +482,7 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
     steps = LABORATORY.decode()
     assert next(steps) == "" and reached.wait(30)
     told, waits, busy = LABORATORY.waiting()
-    assert re.search(f"Decoding <bdi>{path.name}</bdi>, <bdi>1</bdi> of <bdi>1</bdi>(: <bdi>[0-9]+%</bdi>|[.])", told)
+    assert re.search(f"Decoding <bdi>{path.name}</bdi>(, <bdi>[0-9]+%</bdi>)?[.]", told)
     assert waits and busy
     assert LABORATORY.stop_decoding() == "" == next(steps) and "stops as soon as" in LABORATORY.waiting()[0]
     going_on.set()
@@ -492,6 +492,21 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(ours, monkeypatch):
     assert ours.decoding.waiting() == [path] and not ours.host.vae.share
     ours.opts.subquad_vae_bands = "when needed"
     shared.state.interrupted = False
+
+
+def test_it_tells_which_file_and_which_image_of_it(ours, monkeypatch):
+    folder = ours.folder / "images"
+    for count in (1, 2):
+        ours.latents.keep(torch.randn(count, 4, 8, 8), {}, [{"seed": 1}] * count, [folder], ours.folder)
+    one, two = (path.name for path in ours.decoding.waiting())
+    told = []
+    before_saving(ours, monkeypatch, lambda: told.append(str(ours.decoding.progress())))
+    assert len(ours.decoding.decode()[0]) == 3 and ours.decoding.progress() is None
+    assert told == [
+        f"Decoding {one}, file 1 of 2.",
+        f"Decoding {two}, file 2 of 2, image 1 of 2.",
+        f"Decoding {two}, file 2 of 2, image 2 of 2.",
+    ]
 
 
 def test_of_several_those_that_come_after_a_stop_wait(ours, monkeypatch):
