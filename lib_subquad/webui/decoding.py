@@ -169,7 +169,9 @@ def _outcome(path: Path) -> tuple[list[Path], list[str], bool]:
         form = words.DECODING_INTERRUPTED if isinstance(error, Interrupted) else words.NOT_DECODED
         told.append(str(Said(form, file=path.name, why=_in_words(error))))
     elif left:
-        told.append(str(Said(words.SOME_LEFT, count=left, file=path.name, why=_in_words(error))))
+        form = words.ALL_STAY if path in waiting() else words.SOME_LEFT
+        count = status.counted(left, "image", "images")
+        told.append(str(Said(form, count=count, file=path.name, why=_in_words(error))))
     for sentence in told:
         say(f"[subquad] {sentence}")
     return images, told, not isinstance(error, Interrupted)
@@ -185,6 +187,8 @@ def _decoded(path: Path, kept: latents.Sampled) -> tuple[list[Path], int, Except
         if _under_way is not None:
             _under_way = _under_way._replace(image=index + 1, images=len(kept.images))
         try:
+            if index and host().interrupted():  # what is computed all at once does not ask
+                raise Interrupted
             images.append(_image(kept, index))
         except Exception as error:
             left.append(index)
@@ -192,13 +196,20 @@ def _decoded(path: Path, kept: latents.Sampled) -> tuple[list[Path], int, Except
             if isinstance(error, (Interrupted, OSError)) or devices.is_out_of_memory(error):
                 left += range(index + 1, len(kept.images))
                 break
-    if images:
-        if left:
-            told = [kept.images[index] for index in left]
-            latents.keep(kept.latents[left], kept.made_by, told, [path.parent], host().data_folder())
+    if images and (not left or _are_kept_apart(path, kept, left)):
         latents.take_off(path, host().data_folder())
         _forget(path)
     return images, len(left), why
+
+
+def _are_kept_apart(path: Path, kept: latents.Sampled, left: list[int]) -> bool:
+    """Whether these images of a file could be written to one of their own."""
+    told = [kept.images[index] for index in left]
+    try:
+        latents.keep(kept.latents[left], kept.made_by, told, [path.parent], host().data_folder())
+    except OSError:
+        return False
+    return True
 
 
 def _image(kept: latents.Sampled, index: int) -> Path:

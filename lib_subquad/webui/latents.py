@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ LARGEST_LIST = 1 << 20  # bytes
 TOLD = {"infotext": str, "seed": int, "prompt": str, "name": str, "part": bool}
 
 _editing = threading.Lock()  # the list
-_here: list[Path] = []  # those of this process, where there is no data folder
+_here: list[Path] = []  # what this process could not write there
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def keep(
         except OSError as error:
             why = error
             continue
-        with _editing:
-            _write_list([*_listed(data_folder), path], data_folder)
+        _put_on(path, data_folder)
         return path
     raise why
 
@@ -115,30 +114,51 @@ def _told(image: dict[str, object]) -> dict[str, object]:
 def waiting(data_folder: Path | None) -> list[Path]:
     """The files on the list that are there now, the oldest first. Never raises."""
     with _editing:
-        listed = _listed(data_folder)
+        listed = list(_here)
+        with contextlib.suppress(OSError):
+            listed = _listed(data_folder)
     return list(filter(_is_file, listed))
 
 
+def _edit_list(change: Callable[[list[Path]], Iterable[Path]], data_folder: Path | None) -> None:
+    """What cannot be read is not written either: this process then remembers by itself what it would have written."""
+    with _editing:
+        with contextlib.suppress(OSError):
+            if data_folder is not None:
+                files = list(map(str, change(_listed(data_folder))))
+                write_whole(data_folder / LIST, json.dumps({"files": files}, indent=1).encode())
+                _here.clear()
+                return
+        _here[:] = change(_here)
+
+
 def _listed(data_folder: Path | None) -> list[Path]:
-    """All of the list but those that were deleted; what lies on a drive that is away may come back."""
-    found: list[object] = list(_here)
-    if data_folder is not None:
-        found += _read_list(data_folder / LIST)
-    paths = map(Path, dict.fromkeys(str(it) for it in found))
+    """All of the list but those that were deleted; what lies on a drive that is away may come back.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found: list[object] = [] if data_folder is None else _read_list(data_folder / LIST)
+    paths = map(Path, dict.fromkeys(str(it) for it in (*found, *_here)))
     return [path for path in paths if _is_file(path) or not _is_folder(path.parent)]
 
 
 def _read_list(path: Path) -> list[object]:
-    """One that cannot be read is put aside, for whoever looks for files that it named."""
-    with contextlib.suppress(OSError):
-        try:
-            with open(path, "rb") as file:
-                return list(json.loads(file.read(LARGEST_LIST))["files"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            aside = path.with_suffix(".broken.json")
-            path.replace(aside)
-            say(f"[subquad] {path} cannot be read, and is {aside.name} now: there is a new list of what waits.")
-    return []
+    """One that is broken is put aside, for whoever looks for files that it named."""
+    try:
+        with open(path, "rb") as file:
+            return list(json.loads(file.read(LARGEST_LIST))["files"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, RecursionError):
+        names = (f"{path.stem}.broken{number}.json" for number in ("", *range(2, 1000)))
+        aside = next(it for it in map(path.with_name, names) if not it.exists())
+        path.replace(aside)
+        say(
+            f"[subquad] {path} is broken, and is {aside.name} now. There is a new list of what waits to be decoded: "
+            "files that it named are taken in on the tab Attention, under About."
+        )
+        return []
 
 
 def _is_file(path: Path) -> bool:
@@ -153,16 +173,10 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
+def _put_on(path: Path, data_folder: Path | None) -> None:
+    _edit_list(lambda paths: [*paths, path], data_folder)
+
+
 def take_off(path: Path, data_folder: Path | None) -> None:
     """Its images are there, or nobody wants them any more: off the list. The file stays."""
-    with _editing:
-        _write_list([it for it in _listed(data_folder) if it != path], data_folder)
-
-
-def _write_list(paths: Iterable[Path], data_folder: Path | None) -> None:
-    _here[:] = dict.fromkeys(paths)
-    with contextlib.suppress(OSError):  # then it is on the list as long as the web UI runs
-        if data_folder is not None:
-            files = list(map(str, _here))
-            write_whole(data_folder / LIST, json.dumps({"files": files}, indent=1).encode())
-            _here.clear()
+    _edit_list(lambda paths: [it for it in paths if it != path], data_folder)

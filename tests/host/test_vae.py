@@ -222,12 +222,54 @@ def test_a_file_that_is_broken_stays_and_says_so(ours, content):
 def test_a_list_that_is_broken_is_no_list(ours, content, capsys):
     (ours.folder / ours.latents.LIST).write_text(content, encoding="utf-8")
     assert ours.decoding.waiting() == []
-    assert ("cannot be read, and is" in capsys.readouterr().out) == (not content.startswith('{"files": ['))
+    assert ("is broken, and is subquad_latents.broken.json now" in capsys.readouterr().out) == (
+        not content.startswith('{"files": [')
+    )
     lost(ours)
     assert len(ours.decoding.waiting()) == 1
     aside = [it.read_text(encoding="utf-8") for it in ours.folder.glob("subquad_latents.broken.json")]
     assert aside == ([] if content.startswith('{"files": [') else [content])
     assert json.loads((ours.folder / ours.latents.LIST).read_text(encoding="utf-8"))["files"] == [str(*kept(ours))]
+
+
+def test_every_list_that_was_broken_is_there(ours):
+    for content in ("one", "two"):
+        (ours.folder / ours.latents.LIST).write_text(content, encoding="utf-8")
+        assert ours.decoding.waiting() == []
+    assert sorted(it.name for it in ours.folder.glob("*.json")) == [
+        "subquad_latents.broken.json",
+        "subquad_latents.broken2.json",
+    ]
+
+
+def test_a_list_that_cannot_be_opened_for_a_moment_loses_nothing(ours, monkeypatch):
+    """As where a scanner of viruses holds it."""
+    for seed in (1, 2):
+        lost(ours, seed=seed)
+    files = ours.decoding.waiting()
+
+    def no_list(path, *how):
+        if Path(path).name == ours.latents.LIST:
+            raise PermissionError(13, "sharing violation")
+        return open(path, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.latents, "open", no_list, raising=False)
+        lost(ours, seed=3)
+        (new,) = ours.decoding.waiting()
+    assert ours.decoding.waiting() == [*files, new]
+    lost(ours, seed=4)
+    assert kept_again(ours) == [*files, new, *(set(kept(ours)) - {*files, new})]
+
+
+def test_a_broken_list_that_cannot_be_put_aside_stays(ours, monkeypatch):
+    path = ours.folder / ours.latents.LIST
+    path.write_text("broken", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: open(ours.folder))  # no file
+        lost(ours)
+        assert ours.decoding.waiting() == kept(ours) and path.read_text(encoding="utf-8") == "broken"
+    assert ours.decoding.waiting() == kept(ours) and not path.exists()
 
 
 def test_what_lies_on_a_drive_that_is_away_stays_on_the_list(ours, monkeypatch):
@@ -507,6 +549,21 @@ def test_it_tells_which_file_and_which_image_of_it(ours, monkeypatch):
         f"Decoding {two}, file 2 of 2, image 1 of 2.",
         f"Decoding {two}, file 2 of 2, image 2 of 2.",
     ]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_after_a_stop_the_other_images_of_a_file_wait(ours, monkeypatch, full):
+    """Also where each is computed all at once; in the same file where the disk takes no other."""
+    path = ours.latents.keep(torch.randn(3, 4, 8, 8), {}, [{"seed": 1}] * 3, [ours.folder / "images"], ours.folder)
+    before_saving(ours, monkeypatch, ours.decoding.stop)
+    if full:
+        monkeypatch.setattr(ours.latents, "write_whole", lambda *_: open(ours.folder))  # no file
+    images, told = ours.decoding.decode()
+    (left,) = ours.decoding.waiting()
+    assert len(images) == 1 and images[0].is_file() and str(images[0]) in told[0]
+    where = "which waits on with all of its images" if full else "in a separate file that waits"
+    assert told[1] == f"Not decoded: 2 images of {path.name}, {where}: Decoding was interrupted."
+    assert (left == path) == full and len(ours.latents.read(left).images) == (3 if full else 2)
 
 
 def test_of_several_those_that_come_after_a_stop_wait(ours, monkeypatch):
@@ -865,7 +922,7 @@ def test_of_a_file_with_several_images_those_that_can_be_are_decoded(ours, monke
     (path,) = ours.decoding.waiting()
     seeds = [it["seed"] for it in ours.latents.read(path).images]
     assert (len(images), seeds) == ((2, [2]) if ends == "an image that is none" else (1, [2, 3]))
-    assert told.startswith("Decoded ") and left.startswith(f"{len(seeds)} of the images of ")
+    assert told.startswith("Decoded ") and left.startswith(f"Not decoded: {len(seeds)} image")
 
 
 def test_what_cannot_be_written_anew_is_still_where_it_was(ours, monkeypatch):
