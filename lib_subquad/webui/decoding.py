@@ -141,7 +141,9 @@ def take_in(path: Path | None) -> str:
 
 
 def _none(file: str | None) -> str:
-    return words.NOTHING_KEPT if file is None else str(Said(words.NO_SUCH_FILE, file=file))
+    if file is None:
+        return words.NOTHING_KEPT
+    return str(Said(words.NO_SUCH_FILE, file=file)) if file else words.NO_FILE
 
 
 def _forget(path: Path) -> None:
@@ -207,7 +209,8 @@ def _are_kept_apart(path: Path, kept: latents.Sampled, left: list[int]) -> bool:
     told = [kept.images[index] for index in left]
     try:
         latents.keep(kept.latents[left], kept.made_by, told, [path.parent], host().data_folder())
-    except OSError:
+    except OSError as error:
+        _told_of(error)
         return False
     return True
 

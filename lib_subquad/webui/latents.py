@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -151,7 +152,7 @@ def _read_list(path: Path) -> list[object]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError, RecursionError):
-        names = (f"{path.stem}.broken{number}.json" for number in ("", *range(2, 1000)))
+        names = (f"{path.stem}.broken{number or ''}.json" for number in itertools.count())
         aside = next(it for it in map(path.with_name, names) if not it.exists())
         path.replace(aside)
         say(
