@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -146,11 +147,12 @@ def asked(server, **request) -> tuple[int, str]:
 @linux
 @pytest.mark.parametrize("mib", [400, 250])
 def test_with_little_memory_the_image_is_made_that_others_lose(new, mib):
+    """In bands or in lower ones: from one process to the next it differs how much of that is left for them."""
     server, expected = new
     with spare(server, mib):
         image, told = server.generate(**LARGE)
     assert apart(image, expected) <= FARTHEST
-    assert "Subquad VAE computed: in bands" in told
+    assert re.search("Subquad VAE computed: in (lower )?bands", told)
     for other in ("sdp - scaled dot product", "sub-quadratic", "Doggettx", "None"):
         server.select(other)
         with spare(server, mib):
